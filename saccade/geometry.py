@@ -38,14 +38,18 @@ class Grid:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def fit_size(height: int, width: int, min_pixels: int, max_pixels: int, factor: int, *, lift_sides: bool = False) -> tuple[int, int]:
+def fit_size(
+    height: int, width: int, min_pixels: int, max_pixels: int, factor: int, *, lift_sides: bool = False
+) -> tuple[int, int]:
     """The size (height, width) a picture is resized to: multiples of `factor`, area within the limits, aspect ratio kept.
 
     `lift_sides` raises each side to `factor` before the area tests (the rule of qwen-vl-utils, used for video frames).
     Raises MediaError above an aspect ratio of 200 (exactly 200 passes), OptionError for impossible limits.
     """
     if min_pixels > max_pixels:
-        raise OptionError(f"min_pixels {min_pixels} is larger than max_pixels {max_pixels}; lower one or raise the other")
+        raise OptionError(
+            f"min_pixels {min_pixels} is larger than max_pixels {max_pixels}; lower one or raise the other"
+        )
     if height < 1 or width < 1:
         raise MediaError(f"picture of {width} x {height} pixels has no area")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
@@ -63,7 +67,9 @@ def fit_size(height: int, width: int, min_pixels: int, max_pixels: int, factor: 
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     if new_height == 0 or new_width == 0:
-        raise OptionError(f"min_pixels {min_pixels} leaves a picture of {width} x {height} without area; use at least {factor * factor}")
+        raise OptionError(
+            f"min_pixels {min_pixels} leaves a picture of {width} x {height} without area; use at least {factor * factor}"
+        )
     return new_height, new_width
 
 
@@ -117,7 +123,9 @@ class Span:
     second_per_grid: float = 0.0
 
 
-def token_positions(num_tokens: int, spans: Sequence[Span], merge_size: int, tokens_per_second: float) -> tuple[Tensor, int]:
+def token_positions(
+    num_tokens: int, spans: Sequence[Span], merge_size: int, tokens_per_second: float
+) -> tuple[Tensor, int]:
     """Three-axis rotary positions (time, height, width) of a prompt, by the rule used in training.
 
     A text token advances all axes by one. A medium's token (k, i, j) stands at s + (T_k, i, j) with
@@ -129,7 +137,9 @@ def token_positions(num_tokens: int, spans: Sequence[Span], merge_size: int, tok
     for span in spans:
         length = span.grid.num_tokens(merge_size)
         if span.start < end or span.start + length > num_tokens:
-            raise PromptError(f"media tokens {span.start}..{span.start + length} overlap others or overrun the prompt of {num_tokens} tokens")
+            raise PromptError(
+                f"media tokens {span.start}..{span.start + length} overlap others or overrun the prompt of {num_tokens} tokens"
+            )
         pieces.append(torch.arange(position, position + span.start - end).expand(3, -1))
         position += span.start - end
         rows, columns = span.grid.h // merge_size, span.grid.w // merge_size
@@ -188,10 +198,12 @@ def num_frames_to_sample(
 
 def spread_frames(num_frames: int, count: int) -> list[int]:
     """Indices of `count` frames spread evenly over 0..num_frames-1, both ends included (float32 linspace, halves to even)."""
-    return torch.linspace(0, num_frames - 1, count).round().long().tolist()  # type: ignore[no-any-return]
+    return torch.linspace(0, num_frames - 1, count).round().long().tolist()
 
 
-def frame_pixel_limits(count: int, factor: int, min_pixels: int | None, max_pixels: int | None, total_pixels: int | None) -> tuple[int, int]:
+def frame_pixel_limits(
+    count: int, factor: int, min_pixels: int | None, max_pixels: int | None, total_pixels: int | None
+) -> tuple[int, int]:
     """Smallest and largest area of one of `count` sampled frames, so that the clip stays under `total_pixels` (section 6)."""
     unit = factor * factor
     lowest = 128 * unit if min_pixels is None else min_pixels

@@ -1,0 +1,111 @@
+"""A back end is a record of functions: each op with its meaning and shapes.
+
+`reference.py` defines every op in plain torch; other back ends return the reference with some fields replaced.
+Letters: T tokens or patches of all sequences, packed without padding; N query heads, K key heads (N a multiple of K), D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.schemes.scheme import Weight
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive runs of rows that attend among themselves: windows, time slices or whole sequences. No run is empty."""
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        starts, total = [], 0
+        for length in self.lengths:
+            starts.append(total)
+            total += length
+        return tuple(starts)
+
+    @cached_property
+    def by_length(self) -> dict[int, Tensor]:
+        """Length -> rows [number of segments of this length, length] int64: segments of one length are computed as one batch."""
+        groups: dict[int, list[int]] = {}
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            groups.setdefault(length, []).append(start)
+        return {length: torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in groups.items()}
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """Where this step's queries are and where their keys lie.
+
+    query_lengths[s] queries of sequence s are the last of its context_lengths[s] tokens, whose keys and values fill the
+    blocks block_tables[s, :] in order. slots[t] = block * block_size + offset is where token t of this step is stored.
+    """
+
+    query_lengths: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+    block_tables: Tensor  # [S, blocks] int64, unused entries 0
+    slots: Tensor  # [T] int64
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, weight: Weight) -> Tensor:
+        """x: [T, H]. Returns x W^T + bias, [T, O] in x.dtype."""
+
+
+class RmsNorm(Protocol):
+    def __call__(self, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: [T, H]; gain: [H]. Returns (norm(x + residual), x + residual), both in x.dtype.
+
+        The mean square is taken in float32; the normalised row is cast to x.dtype, then multiplied by the gain.
+        """
+
+
+class Rope(Protocol):
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q: [T, N, D]; k: [T, K, D]; cos, sin: [T, D/2] float32. Rotates element j with j + D/2, in float32, cast back."""
+
+
+class SiluMul(Protocol):
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """gate_up: [T, 2I], gate first. Returns silu(gate) * up, [T, I]."""
+
+
+class AttentionVarlen(Protocol):
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool = False
+    ) -> Tensor:
+        """q: [T, N, D]; k, v: [T, K, D]. Softmax attention within each segment, softmax in float32. Returns [T, N, D]."""
+
+
+class StoreKv(Protocol):
+    def __call__(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
+        """k, v: [T, K, D] into caches [blocks, block_size, K, D] at layout.slots."""
+
+
+class AttentionPaged(Protocol):
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
+        """q: [T, N, D]; caches [blocks, block_size, K, D]. Causal attention over each sequence's cache. Returns [T, N, D]."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Every op of the model; `sources` says which back end each comes from."""
+
+    linear: Linear
+    rms_norm: RmsNorm
+    rope: Rope
+    silu_mul: SiluMul
+    attention_varlen: AttentionVarlen
+    store_kv: StoreKv
+    attention_paged: AttentionPaged
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+OPS = tuple(f.name for f in fields(Kernels) if f.name != "sources")

@@ -1,0 +1,129 @@
+"""Every op in plain torch: the definition the other back ends are held to. Differentiable but for the paged cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments
+from saccade.schemes.scheme import Weight
+
+QUERY_TILE = 512  # queries whose mask over the context is held at once
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    if weight.scale is None:
+        return F.linear(x, weight.values, weight.bias)
+    y = F.linear(x, weight.values.to(x.dtype)) * weight.scale.to(x.dtype)
+    return y if weight.bias is None else y + weight.bias
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if residual is not None:
+        x = x + residual
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return gain * normed.to(x.dtype), x
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, causal: bool = False) -> Tensor:
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    groups = segments.by_length
+    if len(groups) == 1:  # all alike: a view, no gather
+        length = segments.lengths[0]
+        shape = (-1, length, *q.shape[1:])
+        return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale, causal).reshape(q.shape)
+    out = torch.empty_like(q)
+    for rows in groups.values():
+        rows = rows.to(q.device)
+        out[rows] = _attend(q[rows], k[rows], v[rows], scale, causal)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """q: [B, L, N, D]; k, v: [B, C, N, D]. Returns [B, L, N, D]. torch's fused kernel: no L x C matrix is ever whole."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2)
+
+
+def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[T, K, D] -> [T, N, D]: query head i reads key head i // (N / K)."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, layout.slots, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, layout.slots, v)
+
+
+def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
+    if all(length == 1 for length in layout.query_lengths):
+        return _decode(q, k_cache, v_cache, layout, scale)
+    out = torch.empty_like(q)
+    start = 0
+    block_size = k_cache.shape[1]
+    for s, (length, context) in enumerate(zip(layout.query_lengths, layout.context_lengths, strict=True)):
+        table = layout.block_tables[s, : -(-context // block_size)]
+        k = _repeat_heads(k_cache[table].flatten(0, 1)[:context], q.shape[1])[None]
+        v = _repeat_heads(v_cache[table].flatten(0, 1)[:context], q.shape[1])[None]
+        queries = q[start : start + length][None]
+        if length == context:
+            out[start : start + length] = _attend(queries, k, v, scale, causal=True)[0]
+        else:
+            columns = torch.arange(context, device=q.device)
+            for low in range(0, length, QUERY_TILE):
+                high = min(low + QUERY_TILE, length)
+                last = torch.arange(context - length + low, context - length + high, device=q.device)
+                mask = columns <= last[:, None]
+                out[start + low : start + high] = _attend(queries[:, low:high], k, v, scale, causal=False, mask=mask)[0]
+        start += length
+    return out
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
+    """One query per sequence; the query heads of a key head are taken as its queries, sequences padded to the longest."""
+    num_sequences, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    longest = max(layout.context_lengths)
+    table = layout.block_tables[:, : -(-longest // k_cache.shape[1])]
+    k = k_cache[table].flatten(1, 2)[:, :longest].transpose(1, 2)  # [S, K, C, D]
+    v = v_cache[table].flatten(1, 2)[:, :longest].transpose(1, 2)
+    mask = None
+    if min(layout.context_lengths) != longest:
+        contexts = torch.tensor(layout.context_lengths, device=q.device)
+        mask = (torch.arange(longest, device=q.device) < contexts[:, None])[:, None, None, :]
+    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(q.shape)
+
+
+def kernels() -> Kernels:
+    """The reference back end, whole."""
+    return Kernels(
+        linear=linear,
+        rms_norm=rms_norm,
+        rope=rope,
+        silu_mul=silu_mul,
+        attention_varlen=attention_varlen,
+        store_kv=store_kv,
+        attention_paged=attention_paged,
+        sources=dict.fromkeys(OPS, "reference"),
+    )

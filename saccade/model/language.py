@@ -1,0 +1,109 @@
+"""The decoder over a cache it is given (section 10 of the model description).
+
+Letters: T tokens of all sequences, packed; H width; N query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saccade.checkpoints.config import TextConfig
+from saccade.kernels.record import Kernels, Segments
+from saccade.model.layers import Embedding, GatedMlp, Linear, Norm
+
+
+class Attend(Protocol):
+    """Attention of one layer over whatever the caller keeps: a paged cache when serving, the sequences themselves when training."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [T, N, D]; k, v: [T, K, D], rotated. Returns [T, N, D]."""
+
+
+class WholeSequences:
+    """Attend for sequences that are given whole, without a cache: calibration, training, tests."""
+
+    def __init__(self, kernels: Kernels, lengths: tuple[int, ...]) -> None:
+        self.kernels = kernels
+        self.segments = Segments(lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.kernels.attention_varlen(q, k, v, self.segments, q.shape[-1] ** -0.5, causal=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels, prefix: str, index: int) -> None:
+        super().__init__()
+        self.kernels, self.index = kernels, index
+        self.head_dim = config.head_dim
+        self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = {f"{prefix}.q_proj": self.q_size, f"{prefix}.k_proj": self.kv_size, f"{prefix}.v_proj": self.kv_size}
+        self.qkv = Linear(kernels, config.hidden_size, parts, bias=True)
+        self.output = Linear(kernels, self.q_size, {f"{prefix}.o_proj": config.hidden_size}, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        heads = (x.shape[0], -1, self.head_dim)
+        q, k = self.kernels.rope(q.view(heads), k.view(heads), cos, sin)
+        out: Tensor = self.output(attend(self.index, q, k, v.view(heads)).reshape(-1, self.q_size))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels, index: int) -> None:
+        super().__init__()
+        prefix = f"model.layers.{index}"
+        self.input_norm = Norm(kernels, f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, kernels, f"{prefix}.self_attn", index)
+        self.post_norm = Norm(kernels, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """x: [T, H], what the layer before added; residual: [T, H], the stream up to there. Returns the same for the next."""
+        x, residual = self.input_norm(x, residual)
+        x, residual = self.post_norm(self.attention(x, cos, sin, attend), residual)
+        return self.mlp(x), residual
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels, index) for index in range(config.num_layers))
+        self.norm = Norm(kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "model.embed_tokens", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            yield f"model.layers.{index}", layer
+        yield "model.norm", self.norm
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """x: [T, H] embedded tokens; positions: [3, T] int64. Returns (x, residual): `norm(x, residual)` gives the last rows."""
+        cos, sin = rotary_angles(self.config, positions)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, attend)
+        if residual is None:
+            return x, torch.zeros_like(x)
+        return x, residual
+
+
+def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions: [3, T] (time, height, width). Returns cos and sin [T, D/2] float32.
+
+    Frequency i takes its position from the axis whose mrope_section it falls in (consecutive sections, not interleaved).
+    """
+    half = config.head_dim // 2
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    axes = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(positions.device)
+    assert axes.numel() == half, f"mrope_section {config.mrope_section} does not cover {half} frequencies"
+    angles = positions[axes].T.float() * frequencies
+    return angles.cos(), angles.sin()

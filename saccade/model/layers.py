@@ -1,0 +1,147 @@
+"""The parts the model is built of, over a Weight and the Kernels. Built without storage; `fill` gives them their numbers.
+
+Knows checkpoint tensors by their canonical (hub) names; knows no file formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saccade.kernels.record import Kernels
+from saccade.schemes.affine import quantize_weight
+from saccade.schemes.scheme import DENSE, Scheme, Weight
+
+
+class TensorSource(Protocol):
+    """Where numbers come from: a checkpoint on disk, or a generator of random ones."""
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fills `out` (CPU, any floating type) with the tensor called `name`; `out` has its number of elements."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How layers are filled: from where, in which type, onto which device, and how the linears are stored."""
+
+    source: TensorSource
+    dtype: torch.dtype
+    device: torch.device
+    scheme: Scheme = DENSE
+
+    def tensor(self, *shape: int, parts: Mapping[str, int]) -> Tensor:
+        """A tensor of `shape` whose first dimension is `parts` (name -> rows) one after the other."""
+        out = torch.empty(shape, dtype=self.dtype)
+        start = 0
+        for name, rows in parts.items():
+            self.source.read_into(name, out[start : start + rows])
+            start += rows
+        return out.to(self.device)
+
+
+class Linear(nn.Module):
+    """x W^T + b. `parts` names the checkpoint modules stacked into it (q, k, v) with the rows each gives."""
+
+    weight: Weight
+
+    def __init__(
+        self, kernels: Kernels, in_features: int, parts: Mapping[str, int], bias: bool, quantizable: bool = True
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.in_features = in_features
+        self.parts = dict(parts)
+        self.out_features = sum(parts.values())
+        self.has_bias = bias
+        self.is_quantizable = quantizable
+
+    def fill(self, filling: Filling) -> None:
+        weights = {f"{name}.weight": rows for name, rows in self.parts.items()}
+        biases = {f"{name}.bias": rows for name, rows in self.parts.items()}
+        self.weight = Weight(
+            filling.tensor(self.out_features, self.in_features, parts=weights),
+            bias=filling.tensor(self.out_features, parts=biases) if self.has_bias else None,
+        )
+        if self.is_quantizable and not filling.scheme.is_dense:
+            self.weight = quantize_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, self.weight)
+
+
+class Norm(nn.Module):
+    """RMS norm over the last dimension, with the residual stream carried along: see Kernels.rms_norm."""
+
+    gain: Tensor
+
+    def __init__(self, kernels: Kernels, name: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.name = name
+        self.size = size
+        self.eps = eps
+
+    def fill(self, filling: Filling) -> None:
+        self.gain = filling.tensor(self.size, parts={f"{self.name}.weight": self.size})
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.kernels.rms_norm(x, self.gain, self.eps, residual)
+
+
+class Embedding(nn.Module):
+    """Rows of a table by token id."""
+
+    weight: Weight
+
+    def __init__(self, name: str, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.name = name
+        self.num_rows = num_rows
+        self.size = size
+
+    def fill(self, filling: Filling) -> None:
+        self.weight = Weight(filling.tensor(self.num_rows, self.size, parts={f"{self.name}.weight": self.num_rows}))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [T] int64. Returns [T, H]."""
+        return torch.nn.functional.embedding(token_ids, self.weight.values)
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, kernels: Kernels, prefix: str, size: int, intermediate_size: int, bias: bool) -> None:
+        super().__init__()
+        self.kernels = kernels
+        gate_up = {f"{prefix}.gate_proj": intermediate_size, f"{prefix}.up_proj": intermediate_size}
+        self.gate_up = Linear(kernels, size, gate_up, bias=bias)
+        self.down = Linear(kernels, intermediate_size, {f"{prefix}.down_proj": size}, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x)))
+        return down
+
+
+Filled = (Linear, Norm, Embedding)  # the modules that have a fill()
+
+
+def fill(module: nn.Module, filling: Filling) -> None:
+    """Gives every layer below `module` its numbers."""
+    for layer in module.modules():
+        if isinstance(layer, Filled):
+            layer.fill(filling)
+
+
+def size_bytes(module: nn.Module) -> int:
+    """Bytes of all filled weights below `module`; a tensor shared by two layers counts once."""
+    tensors: dict[int, int] = {}
+    for layer in module.modules():
+        if isinstance(layer, Linear | Embedding):
+            tensors[layer.weight.values.data_ptr()] = layer.weight.size_bytes
+        elif isinstance(layer, Norm):
+            tensors[layer.gain.data_ptr()] = layer.gain.numel() * layer.gain.element_size()
+    return sum(tensors.values())

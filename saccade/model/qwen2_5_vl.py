@@ -1,0 +1,76 @@
+"""Qwen2.5-VL: the tower, the decoder, and their meeting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saccade.checkpoints.config import ModelConfig
+from saccade.geometry import Grid
+from saccade.kernels.record import Kernels
+from saccade.model.language import Attend, LanguageModel
+from saccade.model.layers import Filling, Linear, fill
+from saccade.model.vision import VisionTower
+
+
+class Qwen2_5_VL(nn.Module):
+    """Built without storage from a config; `load` fills it block by block."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.visual = VisionTower(config.vision, kernels)
+        self.language = LanguageModel(config.text, kernels)
+        head = {"lm_head": config.text.vocab_size}
+        self.lm_head = Linear(kernels, config.text.hidden_size, head, bias=False, quantizable=False)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every part with weights of its own, in the order data flows through them."""
+        yield from self.visual.blocks()
+        yield from self.language.blocks()
+        if not self.config.text.tie_word_embeddings:
+            yield "lm_head", self.lm_head
+
+    def load(self, filling: Filling) -> Iterator[str]:
+        """Fills one block after the other, yielding each one's name; a tied head shares the embedding's numbers."""
+        for name, block in self.blocks():
+            fill(block, filling)
+            yield name
+        if self.config.text.tie_word_embeddings:
+            self.lm_head.weight = self.language.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.embed_tokens.weight.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.embed_tokens.weight.values.device
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """patches: [P, patch_values] float32, normalised. Returns [tokens, H]: what stands in for the placeholders."""
+        return self.visual(patches.to(device=self.device, dtype=self.dtype), grids)  # type: ignore[no-any-return]
+
+    def embed(
+        self, token_ids: Tensor, media_rows: Tensor | None = None, media_features: Tensor | None = None
+    ) -> Tensor:
+        """token_ids: [T]; rows `media_rows` [M] are replaced by `media_features` [M, H]. Returns [T, H]."""
+        x: Tensor = self.language.embed_tokens(token_ids)
+        if media_rows is None or media_features is None:
+            return x
+        return x.index_copy(0, media_rows, media_features.to(x.dtype))
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x: [T, H] from `embed`; positions: [3, T]; rows: [R] the tokens whose logits are wanted (None: all).
+
+        Returns logits [R, vocab] in the model's type.
+        """
+        x, residual = self.language(x, positions, attend)
+        if rows is not None:
+            x, residual = x[rows], residual[rows]
+        x, _ = self.language.norm(x, residual)
+        logits: Tensor = self.lm_head(x)
+        return logits

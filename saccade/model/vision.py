@@ -1,0 +1,119 @@
+"""The vision tower: patch rows in, one row per language-model token out (section 8 of the model description).
+
+Letters: P patches of all media, packed; U = P / 4 merged units; H tower width; D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.checkpoints.config import VisionConfig
+from saccade.geometry import Grid, patch_coordinates, slice_lengths, window_order
+from saccade.kernels.record import Kernels, Segments
+from saccade.model.layers import GatedMlp, Linear, Norm
+
+NORM_EPS = 1e-6  # fixed in the published code, whatever rms_norm_eps says
+ROPE_BASE = 10_000.0
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels, prefix: str) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.qkv = Linear(kernels, config.hidden_size, {f"{prefix}.qkv": 3 * config.hidden_size}, bias=True)
+        self.proj = Linear(kernels, config.hidden_size, {f"{prefix}.proj": config.hidden_size}, bias=True)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        qkv = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim)
+        q, k = self.kernels.rope(qkv[:, 0], qkv[:, 1], cos, sin)
+        out = self.kernels.attention_varlen(q, k, qkv[:, 2], segments, self.head_dim**-0.5)
+        y: Tensor = self.proj(out.reshape(x.shape))
+        return y
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels, index: int) -> None:
+        super().__init__()
+        prefix = f"visual.blocks.{index}"
+        self.is_full = index in config.fullatt_block_indexes
+        self.norm1 = Norm(kernels, f"{prefix}.norm1", config.hidden_size, NORM_EPS)
+        self.attention = VisionAttention(config, kernels, f"{prefix}.attn")
+        self.norm2 = Norm(kernels, f"{prefix}.norm2", config.hidden_size, NORM_EPS)
+        self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """x: [P, H], what the block before added; residual: [P, H], the stream up to there. Returns the same for the next."""
+        x, residual = self.norm1(x, residual)
+        x, residual = self.norm2(self.attention(x, cos, sin, segments), residual)
+        return self.mlp(x), residual
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches become one token of the language model's width."""
+
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.size = config.hidden_size * config.merge_unit
+        self.norm = Norm(kernels, "visual.merger.ln_q", config.hidden_size, NORM_EPS)
+        self.up = Linear(kernels, self.size, {"visual.merger.mlp.0": self.size}, bias=True)
+        self.down = Linear(kernels, self.size, {"visual.merger.mlp.2": config.out_hidden_size}, bias=True)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        x, _ = self.norm(x, residual)
+        y: Tensor = self.down(F.gelu(self.up(x.view(-1, self.size))))
+        return y
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = Linear(
+            kernels, config.patch_values, {"visual.patch_embed.proj": config.hidden_size}, bias=False, quantizable=False
+        )
+        self.layers = nn.ModuleList(VisionBlock(config, kernels, index) for index in range(config.depth))
+        self.merger = Merger(config, kernels)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "visual.patch_embed", self.patch_embed
+        for index, block in enumerate(self.layers):
+            yield f"visual.blocks.{index}", block
+        yield "visual.merger", self.merger
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """patches: [P, patch_values] in the tower's type, all media one after the other. Returns [U, out_hidden_size]."""
+        config = self.config
+        merge, unit = config.spatial_merge_size, config.merge_unit
+        order, window_lengths = window_order(grids, merge, config.window_size // config.factor)
+        order = order.to(patches.device)
+        windows, slices = Segments(tuple(window_lengths)), Segments(tuple(slice_lengths(grids)))
+
+        coordinates = torch.cat([patch_coordinates(grid, merge) for grid in grids]).to(patches.device)
+        coordinates = coordinates.view(-1, unit, 2)[order].view(-1, 2)
+        cos, sin = self._angles(coordinates)
+
+        x: Tensor = self.patch_embed(patches)
+        x = x.view(-1, unit, config.hidden_size)[order].view(-1, config.hidden_size)  # window order from here on
+        residual: Tensor | None = None
+        for block in self.layers:
+            x, residual = block(x, residual, cos, sin, slices if block.is_full else windows)
+        merged: Tensor = self.merger(x, residual)
+        out = torch.empty_like(merged)
+        out[order] = merged  # picture order again
+        return out
+
+    def _angles(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """coordinates: [P, 2] row and column. Returns cos and sin [P, D/2] float32: the row's angles, then the column's."""
+        quarter = self.config.head_dim // 4
+        frequencies = 1.0 / ROPE_BASE ** (
+            torch.arange(quarter, dtype=torch.float32, device=coordinates.device) / quarter
+        )
+        angles = (coordinates.float()[:, :, None] * frequencies).flatten(1)
+        return angles.cos(), angles.sin()

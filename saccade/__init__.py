@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.api import LLM as LLM
     from saccade.base.errors import SaccadeError as SaccadeError
-    from saccade.engine.request import RequestOutput as RequestOutput
     from saccade.engine.sampling import SamplingParams as SamplingParams
     from saccade.inputs.media import MediaLimits as MediaLimits
     from saccade.inputs.media import MediaOptions as MediaOptions
+    from saccade.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ _PUBLIC = {
     "LLM": "saccade.api",
     "MediaLimits": "saccade.inputs.media",
     "MediaOptions": "saccade.inputs.media",
-    "RequestOutput": "saccade.engine.request",
+    "RequestOutput": "saccade.outputs",
     "SaccadeError": "saccade.base.errors",
     "SamplingParams": "saccade.engine.sampling",
 }

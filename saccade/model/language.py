@@ -84,15 +84,14 @@ class LanguageModel(nn.Module):
             yield f"model.layers.{index}", layer
         yield "model.norm", self.norm
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """x: [T, H] embedded tokens; positions: [3, T] int64. Returns (x, residual): `norm(x, residual)` gives the last rows."""
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x: [T, H] embedded tokens; positions: [3, T] int64. Returns the normed last hidden rows [T, H]."""
         cos, sin = rotary_angles(self.config, positions)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, attend)
-        if residual is None:
-            return x, torch.zeros_like(x)
-        return x, residual
+        hidden, _ = self.norm(x, residual)
+        return hidden  # type: ignore[no-any-return]
 
 
 def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

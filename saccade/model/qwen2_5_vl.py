@@ -63,14 +63,12 @@ class Qwen2_5_VL(nn.Module):
             return x
         return x.index_copy(0, media_rows, media_features.to(x.dtype))
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """x: [T, H] from `embed`; positions: [3, T]; rows: [R] the tokens whose logits are wanted (None: all).
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x: [T, H] from `embed`; positions: [3, T]. Returns the normed last hidden rows [T, H], for `head`."""
+        hidden: Tensor = self.language(x, positions, attend)
+        return hidden
 
-        Returns logits [R, vocab] in the model's type.
-        """
-        x, residual = self.language(x, positions, attend)
-        if rows is not None:
-            x, residual = x[rows], residual[rows]
-        x, _ = self.language.norm(x, residual)
-        logits: Tensor = self.lm_head(x)
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H], only the rows whose logits are wanted. Returns logits [R, vocab] in the model's type."""
+        logits: Tensor = self.lm_head(hidden)
         return logits

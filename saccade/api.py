@@ -1,0 +1,403 @@
+"""The door for Python callers: a model is opened once, then answers conversations, one or hundreds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.base.errors import DeviceError, OptionError, SaccadeError
+from saccade.base.meter import available_memory_bytes, progress
+from saccade.base.options import check_bounds, from_mapping, option, suggestion
+from saccade.checkpoints.config import ModelConfig
+from saccade.checkpoints.formats import Checkpoint, open_checkpoint
+from saccade.checkpoints.hub import resolve
+from saccade.engine.blocks import BlockPool
+from saccade.engine.engine import Engine
+from saccade.engine.request import Request, Timings
+from saccade.engine.runner import Runner
+from saccade.engine.sampling import SamplingParams
+from saccade.engine.scheduler import Scheduler
+from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.media import MediaLimits, MediaOptions
+from saccade.inputs.prompt import MediaReceipt, Prompt
+from saccade.kernels.choose import choose, choose_device
+from saccade.model.layers import Filling, TensorSource
+from saccade.model.qwen2_5_vl import Qwen2_5_VL
+from saccade.outputs import CompletionOutput, RequestOutput, output_of
+from saccade.schemes.scheme import DENSE, Scheme, scheme_of
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+LOOKAHEAD = 16  # conversations prepared ahead of the engine; their pictures wait in memory
+CACHE_SHARE = 0.3  # of the memory left beside the weights, for keys and values
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is held and run. Everything has a default that works."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
+    quantization: str | None = option(None, "quantize the linear layers while loading: w8a16 (weight-only int8)")
+    source: str = option("huggingface", "where hub ids are looked up: huggingface or modelscope")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    threads: int | None = option(None, "CPU threads; default: as many as this process may use", low=1, high=4096)
+    kv_cache_tokens: int | None = option(None, "tokens the key/value cache holds; default: what memory allows", low=1)
+    block_size: int = option(32, "tokens in a block of the cache", low=1, high=4096)
+    max_tokens_per_step: int = option(2048, "tokens computed in a step; longer prompts are prefilled in chunks", low=1)
+    max_running: int = option(256, "requests computed together", low=1, high=65536)
+    prefix_cache: bool = option(True, "reuses what is known of a prompt's beginning, pictures included")
+    encoder_cache_bytes: int = option(512 * 2**20, "bytes of vision features kept for media seen before", low=0)
+    check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    def torch_dtype(self, config: ModelConfig) -> torch.dtype:
+        name = config.dtype if self.dtype == "auto" else DTYPE_SPELLINGS.get(self.dtype, self.dtype)
+        if name not in DTYPES:
+            raise OptionError(f"dtype {self.dtype!r} is unknown{suggestion(self.dtype, ['auto', *DTYPES])}")
+        return DTYPES[name]
+
+    @property
+    def scheme(self) -> Scheme:
+        return DENSE if self.quantization is None else scheme_of(self.quantization)
+
+
+@dataclass(frozen=True)
+class StreamUpdate:
+    """Text that has become whole since the last update of answer `index`; `output` is there when the conversation has ended."""
+
+    index: int
+    text: str
+    output: RequestOutput | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversation would take, without running it. Bytes are of one request at its longest."""
+
+    prompt: Prompt
+    max_tokens: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    media_bytes: int  # prepared frames, patch rows and features
+    activation_bytes: int  # of the widest layer for one step
+
+    @property
+    def media(self) -> list[MediaReceipt]:
+        return [medium.receipt for medium in self.prompt.media]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.media_bytes + self.activation_bytes
+
+
+class LLM:
+    """A Qwen2.5-VL ready to answer.
+
+    `model` is a checkpoint folder, a hub id, or "demo" for the small model that ships with Saccade. Keywords are the fields
+    of EngineOptions; `media` sets defaults for every picture and video, `limits` what is refused unread.
+    Raises CheckpointError, DeviceError or OptionError before anything long begins.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        media: MediaOptions | None = None,
+        limits: MediaLimits | None = None,
+        kernels: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = from_mapping(EngineOptions, options)
+        folder = resolve(model, source=self.options.source, revision=self.options.revision)
+        checkpoint = open_checkpoint(folder)
+        tokenizer = ChatTokenizer(folder, checkpoint.config)
+        self._open(checkpoint.config, checkpoint, tokenizer, media, limits, kernels)
+
+    @classmethod
+    def from_source(
+        cls,
+        config: ModelConfig,
+        source: TensorSource,
+        tokenizer: ChatTokenizer,
+        *,
+        media: MediaOptions | None = None,
+        limits: MediaLimits | None = None,
+        kernels: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """The same over numbers that come from elsewhere than a checkpoint: random ones for a benchmark."""
+        llm = cls.__new__(cls)
+        llm.options = from_mapping(EngineOptions, options)
+        llm._open(config, source, tokenizer, media, limits, kernels)
+        return llm
+
+    def _open(
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        tokenizer: ChatTokenizer,
+        media: MediaOptions | None,
+        limits: MediaLimits | None,
+        kernels: Mapping[str, str] | None,
+    ) -> None:
+        options = self.options
+        self.config, self.tokenizer = config, tokenizer
+        self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
+        device, dtype = choose_device(options.device), options.torch_dtype(config)
+        torch.set_num_threads(options.threads or usable_cpus())
+        model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
+        free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        weights = weight_bytes(config, dtype, options.scheme)
+        if weights > free:
+            raise DeviceError(
+                f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
+                "use --quantization w8a16, a smaller model, or a larger machine"
+            )
+        if options.check_weights and isinstance(source, Checkpoint):
+            source.check_finite()
+        filling = Filling(source, dtype, device, options.scheme)
+        with progress(sum(1 for _ in model.blocks()), "loading") as bar:
+            for _ in model.load(filling):
+                bar.advance()
+        num_blocks = self._num_blocks(config, dtype, free - weights)
+        runner = Runner(model, num_blocks, options.block_size, options.encoder_cache_bytes)
+        pool = BlockPool(num_blocks, options.block_size)
+        scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache)
+        self.engine = Engine(runner, scheduler, tokenizer)
+
+    def _num_blocks(self, config: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:
+        """Blocks of the cache: as asked for, else enough for two full contexts or a share of the free memory."""
+        size = self.options.block_size
+        if self.options.kv_cache_tokens is not None:
+            return -(-self.options.kv_cache_tokens // size)
+        affordable = int(free_bytes * CACHE_SHARE) // kv_bytes_per_token(config, dtype)
+        return max(1, min(affordable, 2 * config.text.max_position_embeddings) // size)
+
+    # --- asking ---
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Any] | Any = (),
+        videos: Sequence[Any] | Any = (),
+        sampling_params: SamplingParams | None = None,
+        *,
+        system: str | None = None,
+    ) -> RequestOutput:
+        """One question about pictures and videos (paths, bytes, PIL, arrays; one or a list), in that order before the question."""
+        return self.chat(messages_for(question, images, videos, system), sampling_params)[0]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        show_progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many, together; the outputs stand in the order of the conversations.
+
+        A single conversation that cannot be prepared raises; among many it becomes an output whose finish_reason is "error",
+        and no other suffers.
+        """
+        single = _is_conversation(messages)
+        conversations: Sequence[Conversation] = [messages] if single else messages  # type: ignore[assignment,list-item]
+        params = _one_each(sampling_params, len(conversations))
+        outputs: list[RequestOutput | None] = [None] * len(conversations)
+        tickets: dict[int, list[Request]] = {}
+        upcoming = iter(range(len(conversations)))
+        with progress(len(conversations) if show_progress else 0, "answering") as bar:
+            try:
+                while True:
+                    while (
+                        len(self.engine.scheduler.waiting) < LOOKAHEAD and (index := next(upcoming, None)) is not None
+                    ):
+                        try:
+                            prompt = self.prepare(
+                                conversations[index], tools=tools, add_generation_prompt=add_generation_prompt
+                            )
+                            tickets[index] = self.engine.add(prompt, params[index])
+                        except SaccadeError as error:
+                            if single:
+                                raise
+                            outputs[index] = _refused(error)
+                            bar.advance()
+                    if not tickets:
+                        break
+                    self.engine.step()
+                    for index in [i for i, requests in tickets.items() if all(r.is_finished for r in requests)]:
+                        outputs[index] = output_of(tickets.pop(index))
+                        bar.advance()
+            finally:  # an interrupt leaves nothing behind in the engine
+                for requests in tickets.values():
+                    for request in requests:
+                        self.engine.cancel(request)
+        return [output for output in outputs if output is not None]
+
+    def stream(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Iterator[StreamUpdate]:
+        """The answer's text as it becomes whole; the last update carries the output. Closing the iterator cancels the request."""
+        prompt = self.prepare(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        return self._updates(prompt, sampling_params or SamplingParams())
+
+    def _updates(self, prompt: Prompt, params: SamplingParams) -> Iterator[StreamUpdate]:
+        requests = self.engine.add(prompt, params)
+        shown = [0] * len(requests)
+        try:
+            while not all(request.is_finished for request in requests):
+                self.engine.step()
+                for index, request in enumerate(requests):
+                    whole = request.num_shown()
+                    if whole > shown[index]:
+                        yield StreamUpdate(index, request.text[shown[index] : whole])
+                        shown[index] = whole
+            yield StreamUpdate(0, "", output_of(requests))
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+
+    def prepare(
+        self,
+        messages: Conversation,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Reads the media and renders the conversation; nothing runs."""
+        return self.tokenizer.build(
+            messages, defaults=self.media, limits=self.limits, tools=tools, add_generation_prompt=add_generation_prompt
+        )
+
+    def embed_media(self, messages: Conversation) -> list[Tensor]:
+        """Vision features [tokens, hidden_size] of each medium of a conversation, in order of appearance."""
+        features, _ = self.engine.runner.embed_media(self.prepare(messages).media)
+        return features
+
+
+# --- what things take ------------------------------------------------------------------------------------------------
+
+
+def plan(
+    model: str | os.PathLike[str],
+    messages: Conversation,
+    sampling_params: SamplingParams | None = None,
+    *,
+    media: MediaOptions | None = None,
+    limits: MediaLimits | None = None,
+    **options: Any,
+) -> Plan:
+    """What a conversation would take: opens the checkpoint's headers and the media, loads no weight, runs nothing."""
+    chosen = from_mapping(EngineOptions, options)
+    folder: Path = resolve(model, source=chosen.source, revision=chosen.revision)
+    config = open_checkpoint(folder).config
+    prompt = ChatTokenizer(folder, config).build(
+        messages, defaults=media or MediaOptions(), limits=limits or MediaLimits()
+    )
+    max_tokens = (sampling_params or SamplingParams()).max_tokens
+    return plan_for(config, prompt, max_tokens, chosen)
+
+
+def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions) -> Plan:
+    dtype = options.torch_dtype(config)
+    num_patches = sum(medium.receipt.grid.num_patches for medium in prompt.media)
+    num_media_tokens = sum(medium.receipt.num_tokens for medium in prompt.media)
+    features = num_media_tokens * config.text.hidden_size * dtype.itemsize
+    rows = num_patches * config.vision.patch_values * (4 + dtype.itemsize)
+    frames = sum(medium.frames.nbytes for medium in prompt.media)
+    step = min(len(prompt), options.max_tokens_per_step)
+    widest_text = 2 * config.text.intermediate_size + 3 * config.text.hidden_size
+    widest_vision = 2 * config.vision.intermediate_size + 4 * config.vision.hidden_size
+    activations = max(step * widest_text, num_patches * widest_vision) * dtype.itemsize + 4 * config.text.vocab_size
+    return Plan(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        weight_bytes=weight_bytes(config, dtype, options.scheme),
+        kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype),
+        media_bytes=frames + rows + features,
+        activation_bytes=activations,
+    )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme = DENSE) -> int:
+    """Bytes of all weights in memory."""
+    vision, text = config.vision, config.text
+    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    merged = vision.hidden_size * vision.merge_unit
+    q_size, kv_size = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    layer = 2 * text.hidden_size * (q_size + kv_size) + 3 * text.hidden_size * text.intermediate_size
+    linears = vision.depth * block + merged * (merged + vision.out_hidden_size) + text.num_layers * layer
+    tables = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+    rest = tables + vision.patch_values * vision.hidden_size
+    return (
+        int(linears * scheme.weight_bits / 8 if not scheme.is_dense else linears * dtype.itemsize)
+        + rest * dtype.itemsize
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    text = config.text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and the container's quota where there is one."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def messages_for(
+    question: str, images: Sequence[Any] | Any = (), videos: Sequence[Any] | Any = (), system: str | None = None
+) -> list[dict[str, Any]]:
+    """A conversation of one question: pictures, then videos, then the text."""
+    content = [{"type": "image", "image": image} for image in _as_list(images)]
+    content += [{"type": "video", "video": video} for video in _as_list(videos)]
+    content.append({"type": "text", "text": question})
+    turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    return [*turns, {"role": "user", "content": content}]
+
+
+def _as_list(media: Any) -> list[Any]:
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def _is_conversation(messages: Any) -> bool:
+    return bool(messages) and isinstance(messages[0], Mapping)
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise OptionError(f"{len(params)} sampling_params for {count} conversations; give one, or one for each")
+    return list(params)
+
+
+def _refused(error: SaccadeError) -> RequestOutput:
+    output = CompletionOutput(0, "", [], "error", None, None, str(error), ())
+    return RequestOutput([], [output], [], Timings(), 0, None)

@@ -1,0 +1,137 @@
+"""Runs a step: the tower for media not embedded yet, the decoder over the paged cache, logits. Decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.engine.batch import Batch, Placement
+from saccade.inputs.pixels import patches
+from saccade.inputs.prompt import Medium
+from saccade.kernels.record import Kernels, PagedLayout
+from saccade.model.qwen2_5_vl import Qwen2_5_VL
+
+PATCHES_AT_ONCE = 8192  # of small media that go through the tower together
+LOGIT_TILE = 64  # rows whose float32 logits over the whole vocabulary are held at once
+
+
+class PagedCache:
+    """Keys and values of all layers in blocks, and the attention over them for the step in hand."""
+
+    def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int) -> None:
+        text = model.config.text
+        shape = (text.num_layers, 2, num_blocks, block_size, text.num_kv_heads, text.head_dim)
+        self.blocks = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.kernels: Kernels = model.kernels
+        self.layout: PagedLayout | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.layout is not None, "no step in hand"
+        k_cache, v_cache = self.blocks[layer]
+        self.kernels.store_kv(k, v, k_cache, v_cache, self.layout)
+        return self.kernels.attention_paged(q, k_cache, v_cache, self.layout, q.shape[-1] ** -0.5)
+
+
+class EncoderCache:
+    """Vision features by content, least recently used thrown out first, bounded in bytes (the newest always stays)."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size_bytes = 0
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def get(self, key: bytes) -> Tensor | None:
+        features = self._features.get(key)
+        if features is not None:
+            self._features.move_to_end(key)
+        return features
+
+    def put(self, key: bytes, features: Tensor) -> None:
+        self._features[key] = features
+        self.size_bytes += features.nbytes
+        while self.size_bytes > self.max_bytes and len(self._features) > 1:
+            _, oldest = self._features.popitem(last=False)
+            self.size_bytes -= oldest.nbytes
+
+
+@dataclass(frozen=True)
+class VisionTimes:
+    preprocessing_s: float
+    vision_s: float
+
+
+class Runner:
+    def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int, encoder_cache_bytes: int) -> None:
+        self.model = model
+        self.cache = PagedCache(model, num_blocks, block_size)
+        self.encoder_cache = EncoderCache(encoder_cache_bytes)
+        self.num_encoded = 0  # media that went through the tower
+
+    @torch.inference_mode()
+    def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:
+        """Features [tokens, H] of each medium; the tower sees every content once. Returns them and the seconds it took."""
+        found = {medium.key: self.encoder_cache.get(medium.key) for medium in media}
+        missing = {medium.key: medium for medium in media if found[medium.key] is None}
+        preprocessing = vision = 0.0
+        for group in _groups(list(missing.values())):
+            start = time.perf_counter()
+            rows = torch.cat([patches(medium.frames, self.model.config) for medium in group])
+            middle = time.perf_counter()
+            grids = [medium.receipt.grid for medium in group]
+            encoded = self.model.encode(rows, grids).split([medium.receipt.num_tokens for medium in group])
+            for medium, features in zip(group, encoded, strict=True):
+                found[medium.key] = features
+                self.encoder_cache.put(medium.key, features)
+            self.num_encoded += len(group)
+            preprocessing += middle - start
+            vision += time.perf_counter() - middle
+        return [_present(found[medium.key]) for medium in media], VisionTimes(preprocessing, vision)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, features: Sequence[Tensor]) -> Tensor:
+        """features[i]: [tokens, H] of batch.placements[i]'s medium. Returns the tokens' last hidden rows [T, H]."""
+        media_rows, media_features = _place(batch.placements, features, batch.token_ids.device)
+        self.cache.layout = batch.layout
+        x = self.model.embed(batch.token_ids, media_rows, media_features)
+        return self.model(x, batch.positions, self.cache)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Logits [V] float32 on the CPU of each of `rows` of hidden [T, H], a tile of them computed at a time."""
+        for start in range(0, len(rows), LOGIT_TILE):
+            tile = torch.tensor(rows[start : start + LOGIT_TILE], device=hidden.device)
+            yield from self.model.head(hidden[tile]).float().cpu()
+
+
+def _groups(media: Sequence[Medium]) -> Iterator[list[Medium]]:
+    """The media in runs of at most PATCHES_AT_ONCE patches; a larger one goes alone."""
+    group: list[Medium] = []
+    num_patches = 0
+    for medium in media:
+        if group and num_patches + medium.receipt.grid.num_patches > PATCHES_AT_ONCE:
+            yield group
+            group, num_patches = [], 0
+        group.append(medium)
+        num_patches += medium.receipt.grid.num_patches
+    if group:
+        yield group
+
+
+def _present(features: Tensor | None) -> Tensor:
+    assert features is not None, "a medium was not embedded"
+    return features
+
+
+def _place(
+    placements: Sequence[Placement], features: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    if not placements:
+        return None, None
+    rows = [torch.arange(place.row, place.row + place.count) for place in placements]
+    pieces = [f[place.first : place.first + place.count] for place, f in zip(placements, features, strict=True)]
+    return torch.cat(rows).to(device), torch.cat(pieces)

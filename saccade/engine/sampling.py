@@ -1,0 +1,178 @@
+"""From logits to the next token: penalties, filters and the draw, in transformers' order and meaning.
+
+Knows rows of logits and what a request has said so far; knows no scheduling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.base.errors import OptionError
+from saccade.base.options import check_bounds, option
+from saccade.checkpoints.config import GenerationConfig
+
+GREEDY_TEMPERATURE = 1e-5  # below this, sampling is argmax: published checkpoints say 1e-6 and mean greedy
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is generated. None means: as the checkpoint's generation_config.json says."""
+
+    max_tokens: int = option(1024, "most tokens to generate", low=1)
+    min_tokens: int = option(0, "no end of text before this many tokens", low=0)
+    temperature: float | None = option(None, "0 is greedy", low=0, high=100)
+    top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float | None = option(None, "keep the likeliest tokens up to this probability", low=0, high=1)
+    min_p: float | None = option(None, "drop tokens below this share of the likeliest one's probability", low=0, high=1)
+    repetition_penalty: float | None = option(
+        None, "divides the logits of every token seen, prompt included", low=1e-3, high=100
+    )
+    presence_penalty: float = option(0.0, "subtracted from the logits of every token generated", low=-100, high=100)
+    frequency_penalty: float = option(0.0, "the same, times how often it was generated", low=-100, high=100)
+    seed: int | None = option(None, "makes sampling repeatable", low=-(2**63), high=2**63 - 1)
+    stop: tuple[str, ...] = option((), "ends before this text; may be given several times")
+    stop_token_ids: tuple[int, ...] = option((), "ends at this token id; may be given several times")
+    ignore_eos: bool = option(False, "goes on past the end-of-text token")
+    n: int = option(1, "answers to generate", low=1, high=64)
+    logprobs: int | None = option(
+        None, "log probabilities of this many likeliest tokens, besides the chosen one's", low=0, high=100
+    )
+    prompt_logprobs: int | None = option(None, "the same for the prompt's tokens", low=0, high=100)
+    detect_repetition: bool = option(True, "ends an answer that repeats itself without end")
+    skip_special_tokens: bool = option(True, "leaves special tokens out of the text")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        check_bounds(self)
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise OptionError(f"stop is {self.stop!r}; it must be non-empty strings")
+        if self.min_tokens > self.max_tokens:
+            raise OptionError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
+
+    def resolved(self, defaults: GenerationConfig) -> SamplingParams:
+        """The same with every None replaced by the checkpoint's value; a checkpoint that does not sample is greedy."""
+        checkpoint = {
+            "temperature": defaults.temperature if defaults.do_sample else 0.0,
+            "top_k": defaults.top_k,
+            "top_p": defaults.top_p,
+            "min_p": defaults.min_p,
+            "repetition_penalty": defaults.repetition_penalty,
+        }
+        absent = {name: value for name, value in checkpoint.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **absent)  # type: ignore[arg-type]
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature is not None and self.temperature < GREEDY_TEMPERATURE
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token, its log probability in the model's own distribution (before penalties and filters), and its rank from 1."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+class Sampler:
+    """Draws the tokens of one answer: what it has seen, how often, and its own stream of random numbers."""
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], eos_token_ids: Sequence[int], vocab_size: int
+    ) -> None:
+        """`params` must be resolved. Token ids beyond the vocabulary raise OptionError."""
+        for token_id in params.stop_token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise OptionError(f"stop_token_ids has {token_id}; the vocabulary ends at {vocab_size - 1}")
+        self.params = params
+        self._penalty = params.repetition_penalty if params.repetition_penalty is not None else 1.0
+        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        self._counts: dict[int, int] = {}
+        self._num_generated = 0
+        enders = set(params.stop_token_ids) if params.ignore_eos else {*eos_token_ids, *params.stop_token_ids}
+        self._enders = torch.tensor(sorted(enders), dtype=torch.int64)
+        self._generator: torch.Generator | None = None
+        if not params.is_greedy:
+            self._generator = torch.Generator()
+            if params.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(params.seed)
+
+    def next_token(self, logits: Tensor) -> int:
+        """logits: [V] float32 on the CPU, finite; left as they are. Returns the drawn token's id and remembers it."""
+        scores = self._penalized(logits)
+        if self._num_generated < self.params.min_tokens and len(self._enders):
+            scores = scores.index_fill(0, self._enders, -torch.inf)
+        token_id = int(scores.argmax()) if self._generator is None else self._draw(scores)
+        self._seen[token_id] = True
+        self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        self._num_generated += 1
+        return token_id
+
+    def _penalized(self, logits: Tensor) -> Tensor:
+        params = self.params
+        if self._penalty != 1.0:
+            penalized = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
+            logits = torch.where(self._seen, penalized, logits)
+        if self._counts and (params.presence_penalty or params.frequency_penalty):
+            ids = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            logits = logits.index_add(0, ids, -(params.presence_penalty + params.frequency_penalty * counts))
+        return logits
+
+    def _draw(self, scores: Tensor) -> int:
+        """Temperature, top-k, top-p, min-p, then one draw; only the tokens top-k leaves are ever sorted."""
+        params = self.params
+        assert params.temperature is not None, "params are not resolved"
+        scores = scores / params.temperature
+        ids = torch.arange(len(scores))
+        if params.top_k and params.top_k < len(scores):
+            ids = (scores >= scores.topk(params.top_k).values[-1]).nonzero()[:, 0]  # ties with the k-th stay
+            scores = scores[ids]
+        if params.top_p is not None and params.top_p < 1.0:
+            ascending, order = scores.sort()
+            keep = ascending.softmax(0).cumsum(0) > 1.0 - params.top_p
+            keep[-1] = True
+            ids, scores = ids[order[keep]], ascending[keep]
+        probabilities = scores.softmax(0)
+        if params.min_p:
+            probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0.0)
+        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+def top_logprobs(logits: Tensor, token_id: int, count: int) -> list[Logprob]:
+    """logits: [V] float32. The chosen token first, then the `count` likeliest in order."""
+    logprobs = logits.log_softmax(0)
+    chosen = Logprob(token_id, float(logprobs[token_id]), int((logprobs > logprobs[token_id]).sum()) + 1)
+    best = logprobs.topk(count)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [chosen, *(Logprob(i, value, rank) for rank, (i, value) in enumerate(pairs, start=1))]
+
+
+def is_looping(
+    token_ids: Sequence[int], longest_period: int = 128, min_repeats: int = 16, min_tokens: int = 256
+) -> bool:
+    """Whether the answer ends in one short passage repeated over and over: at least `min_repeats` times and `min_tokens` long.
+
+    Generous, since tables and lists repeat themselves for good reason.
+    """
+    tail = torch.tensor(token_ids[-longest_period * min_repeats :])
+    for period in range(1, longest_period + 1):
+        length = max(period * min_repeats, min_tokens)
+        if length > len(tail):
+            return False
+        last = tail[-length:]
+        if torch.equal(last[period:], last[:-period]):
+            return True
+    return False

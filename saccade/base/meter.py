@@ -1,0 +1,101 @@
+"""What the program says about its own running: one logger, stage times, memory, progress.
+
+Knows clocks, this process and the terminal; knows nothing of what is measured. Quiet unless somebody listens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+logger = logging.getLogger("saccade")
+logger.addHandler(logging.NullHandler())
+
+
+class StageTimes:
+    """Seconds by stage name, summed over visits, in order of first visit."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside, also when an exception ends it. Work queued on a device has to be waited for inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+def current_rss_bytes() -> int:
+    """Memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def available_memory_bytes() -> int:
+    """Memory this process may still take without swapping: the machine's, or its control group's where that is less."""
+    available = int(psutil.virtual_memory().available)
+    return min([available, *_control_group_room(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _control_group_room(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes left under every limit above this process, in cgroup v2 and v1. Page cache that can go counts as free."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = PurePosixPath(group.lstrip("/"))
+        for level in dict.fromkeys(
+            [own, *own.parents]
+        ):  # inside a container the own path may not exist, but the root does
+            folder = base / level
+            try:
+                room = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such level, or the limit reads "max"
+                continue
+            yield max(0, room + int(statistics.get(cache, 0)))
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal's stderr, and silence elsewhere. Yields `advance(count)`."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,240 @@
+"""A checkpoint folder as one thing: its config, its tensors under canonical names, and whether the two agree.
+
+Knows the layouts tensors are named in and which tensors a Qwen2.5-VL has (spec, section 3); behind this door only the
+published ("hub") names exist. Knows nothing of how weights are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saccade.base.errors import CheckpointError
+from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
+from saccade.checkpoints.shards import Shards, TensorInfo
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# (prefix in the file, canonical prefix, name of the layout), the first match counts. Anything else is the hub layout.
+_LAYOUTS = (
+    ("model.language_model.", "model.", "nested"),  # transformers >= 4.52 in memory, and some re-saved files
+    ("model.visual.", "visual.", "nested"),
+    ("language_model.model.", "model.", "wrapped"),  # re-saved by tools that wrap the language model whole
+    ("language_model.lm_head.", "lm_head.", "wrapped"),
+)
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by canonical name, whatever the file calls them. Safe to read from several threads."""
+
+    folder: Path
+    config: ModelConfig
+    shards: Shards
+    layout: str  # "hub", "nested" or "wrapped"
+    file_names: Mapping[str, str]  # canonical name -> name in the file
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.file_names
+
+    def names(self) -> list[str]:
+        return list(self.file_names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self.shards.info(self._in_file(name))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.shards.read(self._in_file(name))
+
+    def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """See `Shards.read_into`."""
+        return self.shards.read_into(self._in_file(name), out, rows, columns)
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """Reads these tensors (all by default). Raises CheckpointError for the first that holds NaN or an infinity."""
+        for name in self.file_names if names is None else names:
+            self.shards.check_finite(self._in_file(name))
+
+    def _in_file(self, name: str) -> str:
+        if name not in self.file_names:
+            raise CheckpointError(f"{self.folder} holds no {name}{_nearest(name, self.file_names)}")
+        return self.file_names[name]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads config and headers and compares them; no weight is read.
+
+    Raises CheckpointError, naming file and tensor, for anything damaged, of another architecture, or quantized in a way
+    this version does not read.
+    """
+    checkpoint = open_unverified(folder)
+    verify(checkpoint)
+    return checkpoint
+
+
+def open_unverified(folder: Path) -> Checkpoint:
+    """As `open_checkpoint`, without comparing the tensors with the config."""
+    config = read_config(folder)
+    if (scheme := quantization_name(folder, config)) is not None:
+        raise CheckpointError(
+            f"{folder} is quantized ({scheme}), which this version of Saccade does not read yet; "
+            "use the bf16 checkpoint it was made from"
+        )
+    shards = Shards(folder)
+    layout, file_names = canonical_names(shards)
+    return Checkpoint(folder, config, shards, layout, file_names)
+
+
+def quantization_name(folder: Path, config: ModelConfig) -> str | None:
+    """How a checkpoint is quantized, in a few words; None when it is not."""
+    if config.quantization is not None:
+        method = config.quantization.get("quant_method", config.quantization.get("format"))
+        return f"{method if isinstance(method, str) else 'unnamed method'}, quantization_config of config.json"
+    descriptions = sorted(folder.glob("quant_model_description*.json"))
+    return f"Ascend format, {descriptions[0].name}" if descriptions else None
+
+
+def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:
+    """The layout and the map from canonical to file names. Raises CheckpointError if two tensors claim one place."""
+    layout = "hub"
+    file_names: dict[str, str] = {}
+    for name in shards.names():
+        canonical = name
+        for prefix, replacement, its_layout in _LAYOUTS:
+            if name.startswith(prefix):
+                canonical, layout = replacement + name.removeprefix(prefix), its_layout
+                break
+        if (other := file_names.get(canonical)) is not None:
+            files = f"{shards.info(other).file} and {shards.info(name).file}"
+            raise CheckpointError(f"{other} and {name} in {files} are the same weight in two layouts; keep one")
+        file_names[canonical] = name
+    return layout, file_names
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a tensor of the model is missing, misshaped or not of a plain floating type."""
+    problems = find_problems(checkpoint)
+    if problems:
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise CheckpointError("; ".join(problems[:_SHOWN_PROBLEMS]) + more)
+
+
+def find_problems(checkpoint: Checkpoint) -> list[str]:
+    """What keeps the checkpoint from being loaded, a line each, from headers alone."""
+    expected = expected_tensors(checkpoint.config)
+    strangers = [name for name in checkpoint.file_names if name not in expected]
+    missing, misshaped = [], []
+    for name, shape in expected.items():
+        if name not in checkpoint:
+            missing.append(name)
+            continue
+        info = checkpoint.info(name)
+        if info.shape != shape:
+            remedy = "config.json and the weights belong to different models, or one is damaged"
+            misshaped.append(
+                f"{info.name} in {info.file} has shape {list(info.shape)}, config.json implies {list(shape)}; {remedy}"
+            )
+        elif info.dtype not in PLAIN_DTYPES:
+            kind = str(info.dtype).removeprefix("torch.")
+            misshaped.append(f"{info.name} in {info.file} is {kind}; bfloat16, float16 or float32 is expected")
+    files = [path.name for path in checkpoint.shards.files]
+    where = checkpoint.folder / files[0] if len(files) == 1 else f"the {len(files)} shards of {checkpoint.folder}"
+    absent = [
+        f"{name} is missing from {where}" + (_nearest(name, strangers) if number < _SHOWN_PROBLEMS else "")
+        for number, name in enumerate(missing)
+    ]
+    if missing == [HEAD]:
+        absent = [
+            f"{HEAD} is missing from {where}; if the head is the embedding, set tie_word_embeddings to true in config.json"
+        ]
+    return absent + misshaped
+
+
+def find_strangers(checkpoint: Checkpoint) -> list[str]:
+    """Canonical names of tensors the model does not have, harmless; a tied model's head, a copy of its embedding, is none."""
+    expected = expected_tensors(checkpoint.config)
+    return [name for name in checkpoint.file_names if name not in expected and name != HEAD]
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError naming what is missing when the folder holds no tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: tokenizer.json is missing, and so is {' and '.join(absent)}; "
+            "copy tokenizer.json from the model's page"
+        )
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model (spec, section 3). The head is absent when tied."""
+    text = config.text
+    shapes = {f"visual.{name}": shape for name, shape in _tower_shapes(config.vision).items()}
+    shapes[EMBEDDING] = (text.vocab_size, text.hidden_size)
+    layer = _layer_shapes(text)
+    for index in range(text.num_layers):
+        shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
+    shapes["model.norm.weight"] = (text.hidden_size,)
+    if not text.tie_word_embeddings:
+        shapes[HEAD] = (text.vocab_size, text.hidden_size)
+    return shapes
+
+
+def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """H: tower width, I: MLP width, M: width of a merged unit."""
+    H, I, M = vision.hidden_size, vision.intermediate_size, vision.hidden_size * vision.merge_unit  # noqa: E741
+    patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    block: dict[str, tuple[int, ...]] = {"norm1.weight": (H,), "norm2.weight": (H,)}
+    for name, rows, columns in (
+        ("attn.qkv", 3 * H, H),
+        ("attn.proj", H, H),
+        ("mlp.gate_proj", I, H),
+        ("mlp.up_proj", I, H),
+        ("mlp.down_proj", H, I),
+    ):
+        block |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (H, *patch)}
+    for index in range(vision.depth):
+        shapes.update({f"blocks.{index}.{name}": shape for name, shape in block.items()})
+    return shapes | {
+        "merger.ln_q.weight": (H,),
+        "merger.mlp.0.weight": (M, M),
+        "merger.mlp.0.bias": (M,),
+        "merger.mlp.2.weight": (vision.out_hidden_size, M),
+        "merger.mlp.2.bias": (vision.out_hidden_size,),
+    }
+
+
+def _layer_shapes(text: TextConfig) -> dict[str, tuple[int, ...]]:
+    """H: model width, I: MLP width, Q and K: widths of all query and all key heads."""
+    H, I = text.hidden_size, text.intermediate_size  # noqa: E741
+    Q, K = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        "input_layernorm.weight": (H,),
+        "self_attn.q_proj.weight": (Q, H),
+        "self_attn.q_proj.bias": (Q,),
+        "self_attn.k_proj.weight": (K, H),
+        "self_attn.k_proj.bias": (K,),
+        "self_attn.v_proj.weight": (K, H),
+        "self_attn.v_proj.bias": (K,),
+        "self_attn.o_proj.weight": (H, Q),
+        "post_attention_layernorm.weight": (H,),
+        "mlp.gate_proj.weight": (I, H),
+        "mlp.up_proj.weight": (I, H),
+        "mlp.down_proj.weight": (H, I),
+    }
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.8)
+    return f"; the nearest name in the files is {close[0]}" if close else ""

@@ -6,6 +6,7 @@ Knows sizes, layouts and problems as data, and their plain-text rendering; print
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from saccade.checkpoints.formats import (
     quantization_name,
     require_tokenizer,
 )
-from saccade.checkpoints.shards import Shards
+from saccade.checkpoints.shards import Shards, TensorInfo
 
 _CACHE_TOKENS = 8192  # the context the memory estimate allows for
 
@@ -80,12 +81,12 @@ class Description:
             "ready to run" if not self.problems else f"{len(self.problems)} problem{'s'[: len(self.problems) > 1]}"
         )
         lines = [
-            f"{self.folder}: Qwen2.5-VL, {self.parameters / 1e9:.2f} B parameters, {_gigabytes(self.size_bytes)}, {verdict}",
+            f"{self.folder}: Qwen2.5-VL, {_scaled(self.parameters)} parameters, {_gigabytes(self.size_bytes)}, {verdict}",
             *(f"problem         {problem}" for problem in self.problems),
             *(f"note            {note}" for note in self.notes),
             f"architecture    {self.architecture}",
             f"weights         {', '.join(self.dtypes) or 'unread'} in {self.num_tensors} tensors, "
-            f"{self.num_shards} file{'s'[: self.num_shards != 1]}, {self.layout} layout"
+            f"{_counted(self.num_shards, 'file')}, {self.layout} layout"
             + (", head tied to the embedding" if text.tie_word_embeddings else ""),
             f"quantization    {self.quantization or 'none'}",
         ]
@@ -114,34 +115,32 @@ def describe(folder: Path) -> Description:
     quantization = quantization_name(folder, config)
     problems: list[str] = []
     notes: list[str] = []
-    checkpoint: Checkpoint | None = None
+    checkpoint = None
     try:
         shards = Shards(folder)
         layout, file_names = canonical_names(shards)
         checkpoint = Checkpoint(folder, config, shards, layout, file_names)
-    except CheckpointError as error:
-        problems.append(str(error))
-    if checkpoint is not None:
         if quantization is not None:
             problems.append(f"quantized ({quantization}), which this version does not read yet")
         else:
             problems += find_problems(checkpoint)
-            strangers = find_strangers(checkpoint)
-            if strangers:
+            if strangers := find_strangers(checkpoint):
                 notes.append(f"{len(strangers)} tensors are not part of the model and ignored, {strangers[0]} for one")
+    except CheckpointError as error:
+        problems.append(str(error))
     try:
         require_tokenizer(folder)
     except CheckpointError as error:
         problems.append(str(error))
-    infos = [] if checkpoint is None else [checkpoint.info(name) for name in checkpoint.names()]
+    infos = {} if checkpoint is None else {name: checkpoint.info(name) for name in checkpoint.names()}
     bytes_of: dict[str, int] = {}
-    for info in infos:
+    for info in infos.values():
         bytes_of[str(info.dtype)] = bytes_of.get(str(info.dtype), 0) + info.nbytes
     return Description(
         folder=folder,
         architecture=ARCHITECTURE,
         config=config,
-        parts=_parts(config, checkpoint),
+        parts=_parts(config, infos),
         dtypes=tuple(name.removeprefix("torch.") for name in sorted(bytes_of, key=lambda name: -bytes_of[name])),
         num_tensors=len(infos),
         num_shards=0 if checkpoint is None else len(checkpoint.shards.files),
@@ -152,17 +151,15 @@ def describe(folder: Path) -> Description:
     )
 
 
-def _parts(config: ModelConfig, checkpoint: Checkpoint | None) -> tuple[Part, ...]:
+def _parts(config: ModelConfig, infos: Mapping[str, TensorInfo]) -> tuple[Part, ...]:
     parameters: dict[str, int] = {}
-    sizes: dict[str, int] = {}
     for name, shape in expected_tensors(config).items():
-        part = _part_of(name)
-        parameters[part] = parameters.get(part, 0) + math.prod(shape)
-    for name in () if checkpoint is None else checkpoint.names():
-        part = _part_of(name)
-        if checkpoint is not None and part in parameters:
-            sizes[part] = sizes.get(part, 0) + checkpoint.info(name).nbytes
-    return tuple(Part(name, count, sizes.get(name, 0)) for name, count in parameters.items())
+        parameters[_part_of(name)] = parameters.get(_part_of(name), 0) + math.prod(shape)
+    sizes = dict.fromkeys(parameters, 0)
+    for name, info in infos.items():
+        if _part_of(name) in sizes:  # a tied model has no head of its own, even if the file has
+            sizes[_part_of(name)] += info.nbytes
+    return tuple(Part(part, count, sizes[part]) for part, count in parameters.items())
 
 
 def _part_of(name: str) -> str:
@@ -171,6 +168,14 @@ def _part_of(name: str) -> str:
     if name == EMBEDDING:
         return "token embedding"
     return "output head" if name == HEAD else "decoder layers" if name.startswith("model.layers.") else "final norm"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _scaled(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
 def _gigabytes(size_bytes: int) -> str:

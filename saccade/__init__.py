@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.api import LLM as LLM
     from saccade.base.errors import SaccadeError as SaccadeError
-    from saccade.engine.sampling import SamplingParams as SamplingParams
+    from saccade.engine.options import SamplingParams as SamplingParams
     from saccade.inputs.media import MediaLimits as MediaLimits
     from saccade.inputs.media import MediaOptions as MediaOptions
     from saccade.outputs import RequestOutput as RequestOutput
@@ -24,7 +24,7 @@ _PUBLIC = {
     "MediaOptions": "saccade.inputs.media",
     "RequestOutput": "saccade.outputs",
     "SaccadeError": "saccade.base.errors",
-    "SamplingParams": "saccade.engine.sampling",
+    "SamplingParams": "saccade.engine.options",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

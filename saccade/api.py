@@ -13,15 +13,15 @@ from torch import Tensor
 
 from saccade.base.errors import DeviceError, OptionError, SaccadeError
 from saccade.base.meter import available_memory_bytes, progress
-from saccade.base.options import check_bounds, from_mapping, option, suggestion
+from saccade.base.options import from_mapping, suggestion
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import Checkpoint, open_checkpoint
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
+from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.engine.request import Request, Timings
 from saccade.engine.runner import Runner
-from saccade.engine.sampling import SamplingParams
 from saccade.engine.scheduler import Scheduler
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.media import MediaLimits, MediaOptions
@@ -39,38 +39,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DTYPE_SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 LOOKAHEAD = 16  # conversations prepared ahead of the engine; their pictures wait in memory
 CACHE_SHARE = 0.3  # of the memory left beside the weights, for keys and values
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How a model is held and run. Everything has a default that works."""
-
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
-    quantization: str | None = option(None, "quantize the linear layers while loading: w8a16 (weight-only int8)")
-    source: str = option("huggingface", "where hub ids are looked up: huggingface or modelscope")
-    revision: str | None = option(None, "branch, tag or commit of a hub id")
-    threads: int | None = option(None, "CPU threads; default: as many as this process may use", low=1, high=4096)
-    kv_cache_tokens: int | None = option(None, "tokens the key/value cache holds; default: what memory allows", low=1)
-    block_size: int = option(32, "tokens in a block of the cache", low=1, high=4096)
-    max_tokens_per_step: int = option(2048, "tokens computed in a step; longer prompts are prefilled in chunks", low=1)
-    max_running: int = option(256, "requests computed together", low=1, high=65536)
-    prefix_cache: bool = option(True, "reuses what is known of a prompt's beginning, pictures included")
-    encoder_cache_bytes: int = option(512 * 2**20, "bytes of vision features kept for media seen before", low=0)
-    check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-
-    def torch_dtype(self, config: ModelConfig) -> torch.dtype:
-        name = config.dtype if self.dtype == "auto" else DTYPE_SPELLINGS.get(self.dtype, self.dtype)
-        if name not in DTYPES:
-            raise OptionError(f"dtype {self.dtype!r} is unknown{suggestion(self.dtype, ['auto', *DTYPES])}")
-        return DTYPES[name]
-
-    @property
-    def scheme(self) -> Scheme:
-        return DENSE if self.quantization is None else scheme_of(self.quantization)
 
 
 @dataclass(frozen=True)
@@ -155,11 +123,11 @@ class LLM:
         options = self.options
         self.config, self.tokenizer = config, tokenizer
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
-        device, dtype = choose_device(options.device), options.torch_dtype(config)
+        device, dtype = choose_device(options.device), torch_dtype(options.dtype, config)
         torch.set_num_threads(options.threads or usable_cpus())
         model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        weights = weight_bytes(config, dtype, options.scheme)
+        weights = weight_bytes(config, dtype, scheme_of(options.quantization))
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
@@ -167,7 +135,7 @@ class LLM:
             )
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
-        filling = Filling(source, dtype, device, options.scheme)
+        filling = Filling(source, dtype, device, scheme_of(options.quantization))
         with progress(sum(1 for _ in model.blocks()), "loading") as bar:
             for _ in model.load(filling):
                 bar.advance()
@@ -317,7 +285,7 @@ def plan(
 
 
 def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions) -> Plan:
-    dtype = options.torch_dtype(config)
+    dtype = torch_dtype(options.dtype, config)
     num_patches = sum(medium.receipt.grid.num_patches for medium in prompt.media)
     num_media_tokens = sum(medium.receipt.num_tokens for medium in prompt.media)
     features = num_media_tokens * config.text.hidden_size * dtype.itemsize
@@ -330,11 +298,19 @@ def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: Engi
     return Plan(
         prompt=prompt,
         max_tokens=max_tokens,
-        weight_bytes=weight_bytes(config, dtype, options.scheme),
+        weight_bytes=weight_bytes(config, dtype, scheme_of(options.quantization)),
         kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype),
         media_bytes=frames + rows + features,
         activation_bytes=activations,
     )
+
+
+def torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """The working type called `name`; auto is the checkpoint's own."""
+    full = config.dtype if name == "auto" else DTYPE_SPELLINGS.get(name, name)
+    if full not in DTYPES:
+        raise OptionError(f"dtype {name!r} is unknown{suggestion(name, ['auto', *DTYPES])}")
+    return DTYPES[full]
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme = DENSE) -> int:

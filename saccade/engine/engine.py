@@ -11,9 +11,10 @@ from torch import Tensor
 
 from saccade.base.errors import OptionError, PromptError
 from saccade.engine.batch import Batch, pack
+from saccade.engine.options import SamplingParams
 from saccade.engine.request import Request
 from saccade.engine.runner import Runner
-from saccade.engine.sampling import Sampler, SamplingParams, top_logprobs
+from saccade.engine.sampling import Sampler, top_logprobs
 from saccade.engine.scheduler import Chunk, Scheduler
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.prompt import Prompt

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saccade.engine.blocks import block_key
-from saccade.engine.sampling import Logprob, Sampler, SamplingParams, is_looping
+from saccade.engine.options import SamplingParams
+from saccade.engine.sampling import Logprob, Sampler, is_looping
 from saccade.inputs.chat import TextStream
 from saccade.inputs.prompt import Prompt
 

@@ -5,7 +5,6 @@ Knows rows of logits and what a request has said so far; knows no scheduling.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,65 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, option
-from saccade.checkpoints.config import GenerationConfig
-
-GREEDY_TEMPERATURE = 1e-5  # below this, sampling is argmax: published checkpoints say 1e-6 and mean greedy
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How an answer is generated. None means: as the checkpoint's generation_config.json says."""
-
-    max_tokens: int = option(1024, "most tokens to generate", low=1)
-    min_tokens: int = option(0, "no end of text before this many tokens", low=0)
-    temperature: float | None = option(None, "0 is greedy", low=0, high=100)
-    top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0)
-    top_p: float | None = option(None, "keep the likeliest tokens up to this probability", low=0, high=1)
-    min_p: float | None = option(None, "drop tokens below this share of the likeliest one's probability", low=0, high=1)
-    repetition_penalty: float | None = option(
-        None, "divides the logits of every token seen, prompt included", low=1e-3, high=100
-    )
-    presence_penalty: float = option(0.0, "subtracted from the logits of every token generated", low=-100, high=100)
-    frequency_penalty: float = option(0.0, "the same, times how often it was generated", low=-100, high=100)
-    seed: int | None = option(None, "makes sampling repeatable", low=-(2**63), high=2**63 - 1)
-    stop: tuple[str, ...] = option((), "ends before this text; may be given several times")
-    stop_token_ids: tuple[int, ...] = option((), "ends at this token id; may be given several times")
-    ignore_eos: bool = option(False, "goes on past the end-of-text token")
-    n: int = option(1, "answers to generate", low=1, high=64)
-    logprobs: int | None = option(
-        None, "log probabilities of this many likeliest tokens, besides the chosen one's", low=0, high=100
-    )
-    prompt_logprobs: int | None = option(None, "the same for the prompt's tokens", low=0, high=100)
-    detect_repetition: bool = option(True, "ends an answer that repeats itself without end")
-    skip_special_tokens: bool = option(True, "leaves special tokens out of the text")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        check_bounds(self)
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise OptionError(f"stop is {self.stop!r}; it must be non-empty strings")
-        if self.min_tokens > self.max_tokens:
-            raise OptionError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
-
-    def resolved(self, defaults: GenerationConfig) -> SamplingParams:
-        """The same with every None replaced by the checkpoint's value; a checkpoint that does not sample is greedy."""
-        checkpoint = {
-            "temperature": defaults.temperature if defaults.do_sample else 0.0,
-            "top_k": defaults.top_k,
-            "top_p": defaults.top_p,
-            "min_p": defaults.min_p,
-            "repetition_penalty": defaults.repetition_penalty,
-        }
-        absent = {name: value for name, value in checkpoint.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **absent)  # type: ignore[arg-type]
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature is not None and self.temperature < GREEDY_TEMPERATURE
+from saccade.engine.options import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ W8A16 = Scheme("w8a16", 8)  # weight-only int8, symmetric, one scale per output 
 SCHEMES = {scheme.name: scheme for scheme in (DENSE, W8A16)}
 
 
-def scheme_of(name: str) -> Scheme:
-    """The scheme called `name`. Raises OptionError naming the known ones."""
+def scheme_of(name: str | None) -> Scheme:
+    """The scheme called `name`, dense for None; `weight_only_int8` is another spelling of w8a16. Raises OptionError."""
+    name = {None: "dense", "weight_only_int8": "w8a16"}.get(name, name)
     if name not in SCHEMES:
         raise OptionError(f"quantization {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
     return SCHEMES[name]

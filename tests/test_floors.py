@@ -1,0 +1,104 @@
+"""The house's floors: a file imports only from lower floors, or from files printed above it in its own folder."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "saccade"
+
+# From the ground up. A folder's files are printed in the order in which they may import each other;
+# rooms on one floor are blind to each other unless they are files of one folder.
+FLOORS: list[dict[str, list[str]]] = [
+    {"base": ["errors", "options", "meter"]},
+    {"schemes": ["scheme", "affine"]},
+    {
+        "kernels": ["record", "reference", "choose"],
+        "checkpoints": ["json_file", "config", "shards", "formats", "hub", "presets", "describe"],
+    },
+    {"geometry": []},
+    {
+        "inputs": ["prompt", "options", "media", "video", "pixels", "chat"],
+        "model": ["layers", "vision", "language", "qwen2_5_vl"],
+    },
+    {
+        "grounding": [],
+        "engine": ["options", "sampling", "blocks", "request", "scheduler", "batch", "runner", "engine"],
+    },
+    {"outputs": []},
+    {"api": [], "drawing": []},
+    {"demo": [], "bench": [], "doctor": []},
+    {"cli": []},
+]
+
+
+def module_files() -> list[str]:
+    names = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE).with_suffix("")
+        if relative.name != "__init__" or relative.parts[0] == "demo":
+            names.append(".".join(part for part in relative.parts if part != "__init__"))
+    return names
+
+
+def place_of(module: str) -> tuple[int, str, int]:
+    """(floor, room, place within the room) of a module named without the package."""
+    room, _, file = module.partition(".")
+    for floor, rooms in enumerate(FLOORS):
+        if room in rooms:
+            if file and file not in rooms[room]:
+                raise AssertionError(f"saccade/{module.replace('.', '/')}.py has no place in FLOORS")
+            return floor, room, rooms[room].index(file) if file else 0
+    raise AssertionError(f"saccade/{module.replace('.', '/')} stands on no floor")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere in it, named without the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "saccade" and rest and (PACKAGE / rest.replace(".", "/")).with_suffix(".py").exists():
+                found.add(rest)
+            elif package == "saccade" and rest and "." not in rest and (PACKAGE / rest / "__init__.py").exists():
+                found.add(rest) if rest == "demo" else None
+    return found
+
+
+def file_of(module: str) -> Path:
+    path = PACKAGE / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("module", module_files())
+def test_a_file_imports_only_from_below(module: str) -> None:
+    floor, room, place = place_of(module)
+    for imported in imports_of(file_of(module)):
+        other_floor, other_room, other_place = place_of(imported)
+        is_below = other_floor < floor or (other_room == room and other_place < place)
+        assert is_below, f"{module} (floor {floor}) imports {imported} (floor {other_floor})"
+
+
+def test_every_room_in_the_list_exists() -> None:
+    known = set(module_files())
+    for rooms in FLOORS:
+        for room, files in rooms.items():
+            for name in [f"{room}.{file}" for file in files] or [room]:
+                assert name in known, f"FLOORS lists {name}, which is not there"
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    """The program's own help may import click and nothing of torch."""
+    top = ast.parse((PACKAGE / "cli.py").read_text()).body
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in names if name.split(".")[0] in {"torch", "numpy", "PIL", "rich", "av", "tokenizers"}}
+    assert {name for name in names if name.startswith("saccade")} == {"saccade", "saccade.base.errors"}

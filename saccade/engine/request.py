@@ -27,7 +27,7 @@ class Timings:
     preprocessing_s: float = 0.0  # resizing, normalising, cutting into patches, tokenising
     vision_s: float = 0.0
     queue_s: float = 0.0  # from arrival until the first step
-    prefill_s: float = 0.0  # from the first step to the first token, the tower's time left out
+    prefill_s: float = 0.0  # from the first step to the first token, media's time left out
     decode_s: float = 0.0  # from the first token to the last
     first_token_s: float = 0.0  # from arrival
     total_s: float = 0.0
@@ -63,7 +63,8 @@ class Request:
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache when last admitted
         self.blocks: list[int] = []
-        self.timings = Timings()
+        media_s = sum(medium.decode_s for medium in prompt.media)
+        self.timings = Timings(media_s=media_s, preprocessing_s=prompt.prepare_s - media_s)
         self.arrived = time.perf_counter()
         self.started: float | None = None
         self.first_token: float | None = None
@@ -151,5 +152,6 @@ class Request:
             times.queue_s = self.started - self.arrived
         if self.started is not None and self.first_token is not None:
             times.first_token_s = self.first_token - self.arrived
-            times.prefill_s = self.first_token - self.started - times.vision_s
+            cutting_s = times.media_s + times.preprocessing_s - self.prompt.prepare_s  # into patches, within the steps
+            times.prefill_s = self.first_token - self.started - times.vision_s - cutting_s
             times.decode_s = now - self.first_token

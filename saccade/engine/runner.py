@@ -58,6 +58,10 @@ class EncoderCache:
             _, oldest = self._features.popitem(last=False)
             self.size_bytes -= oldest.nbytes
 
+    def clear(self) -> None:
+        self._features.clear()
+        self.size_bytes = 0
+
 
 @dataclass(frozen=True)
 class VisionTimes:
@@ -88,6 +92,8 @@ class Runner:
                 found[medium.key] = features
                 self.encoder_cache.put(medium.key, features)
             self.num_encoded += len(group)
+            if self.model.device.type == "cuda":  # else the time would be that of queueing the work
+                torch.cuda.synchronize(self.model.device)
             preprocessing += middle - start
             vision += time.perf_counter() - middle
         return [_present(found[medium.key]) for medium in media], VisionTimes(preprocessing, vision)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -317,6 +318,7 @@ class ChatTokenizer:
             )
         if continue_final_message and _role(messages[-1], len(messages) - 1) != "assistant":
             raise PromptError("continue_final_message needs an assistant message at the end; add one or leave it out")
+        start = time.perf_counter()
         rendering = _Rendering(self.added_tokens, self._ordinary, add_vision_id=add_vision_id)
         _render(
             rendering,
@@ -325,7 +327,8 @@ class ChatTokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        return self._assemble(rendering.items, defaults or MediaOptions(), limits or MediaLimits())
+        prompt = self._assemble(rendering.items, defaults or MediaOptions(), limits or MediaLimits())
+        return replace(prompt, prepare_s=time.perf_counter() - start)
 
     def _assemble(self, items: Sequence[str | int | MediaPart], defaults: MediaOptions, limits: MediaLimits) -> Prompt:
         """Encodes the text between tokens in one run, as the reference does, and widens each medium to its tokens."""

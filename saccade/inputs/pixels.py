@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -68,7 +69,9 @@ def prepare_image(
 
     `index`: its place among the conversation's pictures. Raises MediaError or OptionError.
     """
+    start = time.perf_counter()
     picture = open_picture(source, limits)
+    decode_s = time.perf_counter() - start
     height, width = _image_size(picture.image, options, config)
     _check_tokens(1, height, width, picture.source, config)
     return _medium(
@@ -81,6 +84,7 @@ def prepare_image(
         original_size=picture.image.size,
         orientation=picture.orientation,
         notes=picture.notes,
+        decode_s=decode_s,
     )
 
 
@@ -134,6 +138,7 @@ def prepare_video(
     if isinstance(source, (list, tuple)):
         return _prepare_frame_list(source, options, config, limits, index)
     original_size = (0, 0)
+    resize_s = 0.0
 
     def prepare(clip: Clip) -> Callable[[Pixels], Tensor]:
         fit = _frame_size(len(clip.indices), options, config)
@@ -141,15 +146,20 @@ def prepare_video(
         target: tuple[int, int] | None = None
 
         def keep(pixels: Pixels) -> Tensor:
-            nonlocal target, original_size
+            nonlocal target, original_size, resize_s
+            start = time.perf_counter()
             if target is None:  # only a decoded frame tells how the video is to be turned
                 target = fit(*pixels.shape[:2])
                 original_size = (pixels.shape[1], pixels.shape[0])
-            return _resized_frame(pixels, *target)
+            resized = _resized_frame(pixels, *target)
+            resize_s += time.perf_counter() - start
+            return resized
 
         return keep
 
+    start = time.perf_counter()
     sampled = sample_frames(source, options, limits, prepare)
+    decode_s = time.perf_counter() - start - resize_s
     return _medium(
         "video",
         index,
@@ -162,6 +172,7 @@ def prepare_video(
         frame_indices=sampled.clip.indices,
         frame_times_s=sampled.clip.times_s,
         second_per_grid=sampled.clip.second_per_grid,
+        decode_s=decode_s,
     )
 
 
@@ -204,12 +215,15 @@ def _prepare_frame_list(
         cap = max(options.total_pixels // len(source) * config.vision.temporal_patch_size, int(lowest * 1.05))
         options = replace(options, max_pixels=min(highest, cap))
     fps = DEFAULT_LIST_FPS if options.fps is None else options.fps
+    decode_s = 0.0
     frames: list[Tensor] = []
     digests: list[str] = []
     notes: dict[str, None] = {}  # distinct, in order
     original_size = (0, 0)
     for frame in source:
+        start = time.perf_counter()
         picture = open_picture(frame, limits)
+        decode_s += time.perf_counter() - start
         if not frames:
             original_size = picture.image.size
             height, width = _image_size(picture.image, options, config, lift_sides=True)
@@ -233,6 +247,7 @@ def _prepare_frame_list(
         frame_times_s=tuple(position / fps for position in range(len(frames))),
         second_per_grid=config.vision.temporal_patch_size / fps,
         notes=tuple(notes),
+        decode_s=decode_s,
     )
 
 
@@ -253,6 +268,7 @@ def _medium(
     frame_times_s: tuple[float, ...] = (),
     second_per_grid: float = 0.0,
     notes: tuple[str, ...] = (),
+    decode_s: float,
 ) -> Medium:
     """The medium of model-size frames [F, 3, H, W] uint8, with its receipt and key."""
     vision = config.vision
@@ -275,4 +291,4 @@ def _medium(
         second_per_grid=second_per_grid,
         notes=notes,
     )
-    return Medium(frames, receipt, key.digest())
+    return Medium(frames, receipt, key.digest(), decode_s)

@@ -40,11 +40,13 @@ class Medium:
     `frames`: [F, 3, H, W] uint8 at the model's size; F is 1 for a picture, even for a video. Both resize rules end in whole
     grey levels, so nothing is lost and a prepared medium costs a byte per value.
     `key`: digest of frames, shape, kind and seconds per grid; equal keys mean equal features and equal positions.
+    `decode_s`: what reading and decoding took, resizing left out.
     """
 
     frames: Tensor
     receipt: MediaReceipt
     key: bytes
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Prompt:
     next_position: int  # of the first generated token, on all axes
     media: tuple[Medium, ...] = ()
     spans: tuple[Span, ...] = field(default=())  # one per medium
+    prepare_s: float = 0.0  # what all of this took, the media's decode_s included
 
     def __len__(self) -> int:
         return len(self.token_ids)

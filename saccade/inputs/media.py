@@ -11,9 +11,12 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import os
 import stat
 import struct
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -107,11 +110,11 @@ def _open_file(path: str, max_bytes: int, limits: MediaLimits) -> Encoded:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such file"
         raise MediaError(f"cannot open {label}: {reason}") from error
-    stream = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        stream.close()
+        os.close(descriptor)
         raise MediaError(f"{label} is not a regular file")
+    stream = os.fdopen(descriptor, "rb")
     if status.st_size == 0 or status.st_size > max_bytes:
         stream.close()
         raise _too_large(label, status.st_size, max_bytes) if status.st_size else MediaError(f"{label} is empty")
@@ -236,7 +239,7 @@ class _decoding:
 
 def _decode(data: bytes, label: str, limits: MediaLimits) -> tuple[Image.Image, int, tuple[str, ...]]:
     """Decodes the first picture of a file. Returns (upright RGB image, orientation applied, notes)."""
-    orientation = 1
+    orientation, size = 1, (0, 0)
     reader: type[ImageFile.ImageFile]
     if data.startswith(b"\xff\xd8\xff"):
         data, orientation = _lean_jpeg(data, label)
@@ -248,7 +251,8 @@ def _decode(data: bytes, label: str, limits: MediaLimits) -> tuple[Image.Image, 
         _check_area(_webp_size(data), label, limits)
         reader = WebPImagePlugin.WebPImageFile
     elif data.startswith((b"GIF87a", b"GIF89a")):
-        _check_area(_gif_size(data, label), label, limits)
+        size = _gif_size(data, label)
+        _check_area(size, label, limits)
         reader = GifImagePlugin.GifImageFile
     elif data.startswith(b"BM"):
         reader = BmpImagePlugin.BmpImageFile
@@ -259,15 +263,25 @@ def _decode(data: bytes, label: str, limits: MediaLimits) -> tuple[Image.Image, 
     else:
         raise MediaError(f"{label}: not a picture of a known format; use JPEG, PNG, WebP, GIF, BMP or TIFF")
     # The plugin's class is called directly: Image.open would first apply Pillow's own, global size limit and warn on stderr.
-    with reader(io.BytesIO(data)) as image:
+    with _unwarned(size):
+        image = reader(io.BytesIO(data))
+    with image:
         _check_area(image.size, label, limits)
-        image.load()
+        with _unwarned(image.size):
+            image.load()
         if reader is WebPImagePlugin.WebPImageFile:
             orientation = exif_orientation(image.info.get("exif", b""))
         rgb, notes = _to_rgb(image)
     if orientation != 1 and reader is not TiffImagePlugin.TiffImageFile:  # Pillow turns TIFF pictures upright by itself
         rgb = Image.fromarray(np.ascontiguousarray(upright(np.asarray(rgb), orientation)))
     return rgb, orientation, notes
+
+
+def _unwarned(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Keeps Pillow's warning about large pictures off stderr. Filters are the whole process's: touched only when needed."""
+    if size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        return nullcontext()
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
 def _check_area(size: tuple[int, int], label: str, limits: MediaLimits) -> None:

@@ -21,7 +21,9 @@ class MediaLimits:
 
     max_image_bytes: int = option(64 << 20, "largest encoded picture, in bytes", low=1)
     max_video_bytes: int = option(2 << 30, "largest video file, in bytes", low=1)
-    max_pixels_per_image: int = option(178_956_970, "largest picture, in pixels", low=1)
+    max_pixels_per_image: int = option(
+        178_956_970, "largest picture, in pixels; Pillow reads no more", low=1, high=178_956_970
+    )
     max_pixels_per_frame: int = option(36_000_000, "largest video frame, in pixels", low=1)
     max_sampled_frames: int = option(768, "most frames taken from a video", low=2)
     max_video_frames: int = option(1_000_000, "most frames in a video file", low=2)

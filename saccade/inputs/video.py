@@ -226,13 +226,14 @@ class _Video:
             metadata_errors="ignore",
         )
         for stream in self._container.streams.video:
-            if not stream.disposition & av.stream.Disposition.attached_pic:  # cover art is no video
+            is_cover_art = stream.disposition & av.stream.Disposition.attached_pic
+            if not is_cover_art and stream.codec_context is not None:  # None: a codec unknown here
                 stream.thread_type = "AUTO"
                 stream.codec_context.options = max_pixels
                 self._stream = stream
                 return
         self._container.close()
-        raise MediaError(f"{self.label}: no video in the file")
+        raise MediaError(f"{self.label}: no video in the file, or of an unknown codec")
 
     def __enter__(self) -> _Video:
         return self
@@ -243,7 +244,10 @@ class _Video:
     def _check_header(self) -> None:
         width, height = self.size
         if width < 1 or height < 1:
-            raise MediaError(f"{self.label}: video of {width} x {height} pixels has no area")
+            raise MediaError(
+                f"{self.label}: the video's size cannot be told, or exceeds the limit of {self.limits.max_pixels_per_frame}"
+                " pixels a frame; use MP4, MOV, MKV, WebM, AVI or GIF, scaled down if need be"
+            )
         if width * height > self.limits.max_pixels_per_frame:
             raise MediaError(
                 f"{self.label}: video of {width} x {height} pixels exceeds the limit of {self.limits.max_pixels_per_frame};"
@@ -273,26 +277,29 @@ class _Video:
     def _read_packets(self) -> None:
         """Counts frames and collects their times from the packets, which is cheap, and right where headers are not."""
         stream = self._stream
-        stamps: list[int | None] = []
+        shown: list[int | None] = []
+        decoded: list[int | None] = []
         keys: list[int] = []
-        has_pts = True
         for packet in self._container.demux(stream):
             if packet.size == 0 or packet.is_discard:
                 continue
-            has_pts = has_pts and packet.pts is not None
-            stamps.append(packet.pts if packet.pts is not None else packet.dts)
+            shown.append(packet.pts)
+            decoded.append(packet.dts)
             if packet.is_keyframe and packet.pts is not None:
                 keys.append(packet.pts)
-            if len(stamps) % 4096 == 0:
-                self._check_count(len(stamps))
-        self._check_count(len(stamps))
-        if not stamps:
+            if len(shown) % 4096 == 0:
+                self._check_count(len(shown))
+        self._check_count(len(shown))
+        if not shown:
             raise MediaError(f"{self.label}: no frames in the video")
-        self._set_timeline(stamps)
-        if has_pts and len(set(stamps)) == len(stamps):
-            self._pts = sorted(stamp for stamp in stamps if stamp is not None)
+        if None not in shown and len(set(shown)) == len(shown):
+            self._set_timeline(shown)
+            self._pts = sorted(stamp for stamp in shown if stamp is not None)
             if self._container.format.name.split(",")[0] in _SEEKABLE:
                 self._keys = sorted(keys)
+        else:
+            # AVI knows decoding times only, from which times of display are guessed; as a set they are the same, shifted.
+            self._set_timeline(decoded if None not in decoded else shown)
 
     def _set_timeline(self, stamps: Sequence[int | None]) -> None:
         """Timestamps in units of the stream's time base; where some lack, the declared rate stands in."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from saccade.base.errors import CheckpointError
 from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
+from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.shards import Shards, TensorInfo
 
 HEAD = "lm_head.weight"
@@ -30,6 +32,7 @@ _LAYOUTS = (
     ("language_model.lm_head.", "lm_head.", "wrapped"),
 )
 _SHOWN_PROBLEMS = 5
+_MAX_CANDIDATES = 2000  # for a nearest name: more than any published file has, few enough to compare in a moment
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,9 @@ def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:
                 break
         if (other := file_names.get(canonical)) is not None:
             files = f"{shards.info(other).file} and {shards.info(name).file}"
-            raise CheckpointError(f"{other} and {name} in {files} are the same weight in two layouts; keep one")
+            raise CheckpointError(
+                f"{printable(other)} and {printable(name)} in {files} are the same weight in two layouts; keep one"
+            )
         file_names[canonical] = name
     return layout, file_names
 
@@ -236,5 +241,5 @@ def _layer_shapes(text: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.8)
-    return f"; the nearest name in the files is {close[0]}" if close else ""
+    close = difflib.get_close_matches(name, list(islice(candidates, _MAX_CANDIDATES)), n=1, cutoff=0.8)
+    return f"; the nearest name in the files is {printable(close[0])}" if close else ""

@@ -20,7 +20,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def resolve(model: str | Path, source: Source = "huggingface", revision: str | None = None) -> Path:
@@ -35,8 +35,8 @@ def resolve(model: str | Path, source: Source = "huggingface", revision: str | N
         if not DEMO_FOLDER.is_dir():
             raise CheckpointError(f"this installation lacks the demo model ({DEMO_FOLDER}); install saccade again")
         return DEMO_FOLDER
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves an unknown ~user as it is
+    if path.is_dir() and model != "":
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is a file; pass the folder it is in, {path.parent}")

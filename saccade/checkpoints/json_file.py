@@ -7,6 +7,7 @@ knows no field names.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from saccade.base.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20  # the largest published one, tokenizer.json, has 11 MB
 _MAX_NUMBER_DIGITS = 400  # float64 has no longer decimal integer; also keeps the integer parser linear
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON's escapes can spell these; nothing can print or store them
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """One strict JSON object: no NaN or Infinity, no key twice in an object. `where` names it in errors."""
+    """One strict JSON object: no NaN or Infinity, no key twice or half a character. `where` names it in errors."""
 
     def refuse_constant(literal: str) -> NoReturn:
         raise CheckpointError(f"{where} holds {literal}, which is not JSON")
@@ -51,6 +53,8 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise CheckpointError(f"{where} holds the key {twice!a} twice in one object")
+        if halves := [key for key in result if _HALF_CHARACTER.search(key)]:
+            raise CheckpointError(f"{where} holds the key {halves[0]!a}, which is not Unicode text")
         return result
 
     try:
@@ -62,3 +66,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds a {type(value).__name__} where an object is expected")
     return value
+
+
+def printable(value: object) -> str:
+    """A name from a file, for an error line: plain names as they are, others escaped and shortened."""
+    text = value if isinstance(value, str) and value.isascii() and value.isprintable() and value else ascii(value)
+    return text if len(text) <= 200 else text[:197] + "..."

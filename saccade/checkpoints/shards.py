@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
-from saccade.checkpoints.json_file import parse_json, read_json
+from saccade.checkpoints.json_file import parse_json, printable, read_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_INDEX_BYTES = 64 << 20
@@ -204,17 +204,17 @@ class Shards:
         for name, file_name in weight_map.items():
             if not isinstance(file_name, str) or not _is_plain_file_name(file_name):
                 raise CheckpointError(
-                    f"{index}: {_quoted(name)} lies in {_quoted(file_name)}, which is not a plain file name"
+                    f"{index}: {printable(name)} lies in {printable(file_name)}, which is not a plain file name"
                 )
             path = self.folder / file_name
             if file_name not in headers:
                 if not path.exists():
                     raise CheckpointError(
-                        f"{path} does not exist, and {index.name} says it holds {_quoted(name)}; fetch it"
+                        f"{path} does not exist, and {index.name} says it holds {printable(name)}; fetch it"
                     )
                 headers[file_name] = self._read_header(path)
             if name not in headers[file_name]:
-                raise CheckpointError(f"{_quoted(name)} is not in {path}, where {index.name} says it is")
+                raise CheckpointError(f"{printable(name)} is not in {path}, where {index.name} says it is")
             self._tensors[name] = headers[file_name][name]
 
     def _read_header(self, path: Path) -> dict[str, TensorInfo]:
@@ -296,12 +296,6 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _quoted(value: object) -> str:
-    """A name from a file, for an error line: plain names as they are, others escaped and shortened."""
-    text = value if isinstance(value, str) and value.isascii() and value.isprintable() and value else ascii(value)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def _is_plain_file_name(name: str) -> bool:
     return (
         name.endswith(".safetensors")
@@ -314,14 +308,14 @@ def _is_plain_file_name(name: str) -> bool:
 def _parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorInfo]:
     """The tensors a header describes. They must cover the file's body exactly, as the format demands."""
     header = parse_json(text, f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"the __metadata__ of {path} is not an object of strings")
     base = 8 + len(text)
     tensors = {name: _parse_tensor(name, entry, path, base) for name, entry in header.items()}
     end = base
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
-        where = f"{_quoted(info.name)} in {path} lies in bytes {info.offset} to {info.offset + info.nbytes}"
+        where = f"{printable(info.name)} in {path} lies in bytes {info.offset} to {info.offset + info.nbytes}"
         if info.offset + info.nbytes > file_bytes:
             raise CheckpointError(
                 f"{where}, and the file has {file_bytes}; it was truncated or damaged, fetch it again"
@@ -338,21 +332,23 @@ def _parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, TensorI
 
 
 def _parse_tensor(name: str, entry: Any, path: Path, base: int) -> TensorInfo:
-    where = f"{_quoted(name)} in {path}"
+    where = f"{printable(name)} in {path}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(
             f"{where} lacks dtype, shape or data_offsets; the header is damaged, fetch the file again"
         )
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{where} has the dtype {_quoted(entry['dtype'])}; known are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{where} has the dtype {printable(entry['dtype'])}; known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(
-            f"{where} has the shape {_quoted(shape)}; at most {MAX_DIMENSIONS} sizes from 0 are expected"
+            f"{where} has the shape {printable(shape)}; at most {MAX_DIMENSIONS} sizes from 0 are expected"
         )
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has the data_offsets {_quoted(offsets)}; an ascending pair from 0 is expected")
+        raise CheckpointError(
+            f"{where} has the data_offsets {printable(offsets)}; an ascending pair from 0 is expected"
+        )
     nbytes = offsets[1] - offsets[0]
     if nbytes != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{where} has {nbytes} bytes, and {entry['dtype']} of shape {shape} needs another number")

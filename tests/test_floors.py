@@ -16,7 +16,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"schemes": ["scheme", "affine"]},
     {
         "kernels": ["record", "reference", "choose"],
-        "checkpoints": ["json_file", "config", "shards", "formats", "hub", "presets", "describe"],
+        "checkpoints": ["json_file", "config", "shards", "formats", "hub", "presets", "noise", "stand_in", "describe"],
     },
     {"geometry": []},
     {
@@ -29,7 +29,7 @@ FLOORS: list[dict[str, list[str]]] = [
     },
     {"outputs": []},
     {"api": [], "drawing": []},
-    {"demo": [], "bench": [], "doctor": []},
+    {"demo": [], "bench": ["options", "work", "machine", "model", "measure"], "doctor": []},
     {"cli": []},
 ]
 

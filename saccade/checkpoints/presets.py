@@ -6,6 +6,7 @@ reckoning about sizes that are not at hand.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from saccade.checkpoints.config import (
@@ -98,6 +99,17 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
 }
+
+
+def shortened(config: ModelConfig, layers: int | None = None, vision_depth: int | None = None) -> ModelConfig:
+    """The same model with fewer decoder layers or tower blocks (None keeps them): its widths are real, its depth is not."""
+    text, vision = config.text, config.vision
+    if layers is not None:
+        text = replace(text, num_layers=layers)
+    if vision_depth is not None:
+        full = tuple(index for index in vision.fullatt_block_indexes if index < vision_depth)
+        vision = replace(vision, depth=vision_depth, fullatt_block_indexes=full)
+    return replace(config, text=text, vision=vision)
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

@@ -189,9 +189,9 @@ def open_picture(source: object, limits: MediaLimits) -> Picture:
     """
     if isinstance(source, Image.Image):
         _check_area(source.size, "PIL image", limits)
-        with _decoding("PIL image"):
+        with _decoding("PIL image"):  # it may not have been read from its file yet
             image, notes = _to_rgb(source)
-        return Picture(image, "PIL image", pixel_digest(np.asarray(image)), 1, notes)
+            return Picture(image, "PIL image", pixel_digest(np.asarray(image)), 1, notes)
     if isinstance(source, (np.ndarray, Tensor)):
         label = "NumPy array" if isinstance(source, np.ndarray) else "torch tensor"
         image, notes = _image_of_array(source, label, limits)

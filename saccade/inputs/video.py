@@ -32,6 +32,8 @@ T = TypeVar("T")
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif,asf"
 _SEEKABLE = ("mov", "matroska")  # their indices name key frames exactly
 _WORTH_A_SEEK = 16  # frames skipped
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra")
+_MOST_BOXES = 100_000  # looked at; fragmented files have two per fragment
 # The upper left of a display matrix (a, b, c, d) by sign -> the EXIF orientation that says the same.
 _ORIENTATIONS = {
     (1, 0, 0, 1): 1,
@@ -159,6 +161,8 @@ def sample_frames(
     """
     encoded = open_encoded(source, limits.max_video_bytes, limits)
     with encoded.stream, _reading(encoded.label):
+        _check_whole(encoded.stream, encoded.num_bytes, encoded.label)
+        encoded.stream.seek(0)
         sha256 = hashlib.file_digest(encoded.stream, "sha256").hexdigest()  # type: ignore[arg-type]
         with _Video(encoded.stream, encoded.label, limits) as video:
             clip = choose_frames(video.timeline, options, video.size, limits)
@@ -179,6 +183,43 @@ def _keep(video: _Video, clip: Clip, keep: Callable[[Pixels], T]) -> list[T] | N
     for times, pixels in video.frames(clip.indices):
         frames.extend([keep(pixels)] * times)
     return frames if len(frames) == len(clip.indices) else None
+
+
+def _check_whole(file: BinaryIO, num_bytes: int, label: str) -> None:
+    """Refuses a file that ends before it says it does: demuxers take what is left for the whole. Raises MediaError.
+
+    MP4 boxes, a Matroska segment and a RIFF chunk tell their sizes; recordings cut off by a crash usually tell none.
+    """
+    end = 0
+    head = file.read(64)
+    if head[4:8] in _MP4_BOXES:
+        for _ in range(_MOST_BOXES):
+            if end >= num_bytes or head[4:8] not in _MP4_BOXES:
+                break
+            size = int.from_bytes(head[:4], "big")
+            size = int.from_bytes(head[8:16], "big") if size == 1 else size
+            if size < 8:  # 0: up to the end of the file
+                break
+            end += size
+            file.seek(min(end, num_bytes))
+            head = file.read(16)
+    elif head[:4] == b"\x1aE\xdf\xa3":
+        start, size = _ebml_size(head, 4)
+        if head[start + size : start + size + 4] == b"\x18S\x80g":
+            start, size = _ebml_size(head, start + size + 4)
+            end = start + size
+    elif head[:4] == b"RIFF":
+        end = 8 + int.from_bytes(head[4:8], "little")
+    if end > num_bytes:
+        raise MediaError(f"{label}: the video is cut short: {num_bytes} of {end} bytes are there; fetch it again")
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """(where the content starts, its size) of a Matroska element whose size is at `at`; an unknown size counts as 0."""
+    first = data[at] if at < len(data) else 0
+    length = 9 - first.bit_length()
+    value = int.from_bytes(data[at : at + length], "big") & (1 << 7 * length) - 1
+    return at + length, 0 if value == (1 << 7 * length) - 1 else value
 
 
 class _reading:
@@ -328,12 +369,13 @@ class _Video:
         self._container.close()
         self._open()
         stamps: list[int | None] = []
+        last = max(wanted)
         for index, frame in self._indexed(self._decoded(), 0):
             stamps.append(frame.pts)
-            if index == min(wanted):
+            if index in wanted:
                 yield wanted.pop(index), self._upright_rgb(frame)
-                if not wanted:
-                    return
+            if index == last and not wanted:
+                return
         if not stamps:
             raise MediaError(
                 f"{self.label}: no frame of the video can be decoded; it is damaged or its codec is unknown"

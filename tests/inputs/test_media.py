@@ -272,6 +272,12 @@ def test_a_decoded_pillow_image_is_left_as_its_owner_turned_it() -> None:
     assert picture.orientation == 1
 
 
+def test_a_pillow_image_that_turns_out_truncated_is_refused() -> None:
+    data = encode(photo(200, 150), "PNG")
+    with pytest.raises(MediaError, match="PIL image"):
+        open_picture(Image.open(io.BytesIO(data[:-200])), LIMITS)
+
+
 def test_unreadable_exif_costs_the_orientation_and_nothing_else() -> None:
     data = encode(photo(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert open_picture(data, LIMITS).orientation == 1

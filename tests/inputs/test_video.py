@@ -317,11 +317,18 @@ def test_playlists_and_scripts_are_no_videos(text: str, config: ModelConfig, tmp
             prepare_video(source, MediaOptions(), config, LIMITS, 0)
 
 
-def test_a_truncated_video_is_refused(make_video: Make, config: ModelConfig) -> None:
-    data = make_video([40 * index for index in range(50)])
+@pytest.mark.parametrize("name", ["mp4", "matroska", "webm, VP9", "avi"])
+def test_a_truncated_video_is_refused(name: str, make_video: Make, config: ModelConfig) -> None:
+    data = make_video([40 * index for index in range(50)], **FILES[name])
     for share in (0.01, 0.3, 0.7, 0.95):
         with pytest.raises(MediaError):
             prepare_video(data[: int(len(data) * share)], MediaOptions(), config, LIMITS, 0)
+
+
+def test_a_truncated_video_with_its_index_in_front_is_refused(published_media: Path, config: ModelConfig) -> None:
+    data = (published_media / "red-panda.mp4").read_bytes()
+    with pytest.raises(MediaError, match="cut short: 1800000 of 1867237 bytes"):
+        prepare_video(data[:1_800_000], MediaOptions(), config, LIMITS, 0)
 
 
 def test_a_single_frame_is_pointed_to_pictures(make_video: Make, config: ModelConfig) -> None:

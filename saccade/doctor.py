@@ -7,7 +7,6 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from saccade.base.errors import SaccadeError
 from saccade.base.meter import available_memory_bytes
 from saccade.checkpoints.describe import describe
 from saccade.checkpoints.hub import resolve
-from saccade.kernels.choose import BackEnd, back_ends, choose_device
+from saccade.kernels.choose import BackEnd, back_ends, choose_device, processor_name
 
 NEEDED = ("torch", "numpy", "tokenizers", "pillow", "av", "click", "rich", "huggingface_hub", "psutil")
 
@@ -67,14 +66,3 @@ def examine() -> Report:
     except SaccadeError as error:
         problems.append(str(error))
     return Report(facts, back_ends(), problems)
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown processor"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,3 +58,14 @@ def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Ker
 def back_ends() -> list[BackEnd]:
     """Every back end, with the reason it is active or not."""
     return [BackEnd("reference", True, f"plain torch {torch.__version__}, every op, any device")]
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"

@@ -136,9 +136,9 @@ class LLM:
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
         filling = Filling(source, dtype, device, scheme_of(options.quantization))
-        with progress(sum(1 for _ in model.blocks()), "loading") as bar:
+        with progress(sum(1 for _ in model.blocks()), "loading") as advance:
             for _ in model.load(filling):
-                bar.advance()
+                advance(1)
         num_blocks = self._num_blocks(config, dtype, free - weights)
         runner = Runner(model, num_blocks, options.block_size, options.encoder_cache_bytes)
         pool = BlockPool(num_blocks, options.block_size)
@@ -187,7 +187,7 @@ class LLM:
         outputs: list[RequestOutput | None] = [None] * len(conversations)
         tickets: dict[int, list[Request]] = {}
         upcoming = iter(range(len(conversations)))
-        with progress(len(conversations) if show_progress else 0, "answering") as bar:
+        with progress(len(conversations) if show_progress else 0, "answering") as advance:
             try:
                 while True:
                     while (
@@ -202,13 +202,13 @@ class LLM:
                             if single:
                                 raise
                             outputs[index] = _refused(error)
-                            bar.advance()
+                            advance(1)
                     if not tickets:
                         break
                     self.engine.step()
                     for index in [i for i, requests in tickets.items() if all(r.is_finished for r in requests)]:
                         outputs[index] = output_of(tickets.pop(index))
-                        bar.advance()
+                        advance(1)
             finally:  # an interrupt leaves nothing behind in the engine
                 for requests in tickets.values():
                     for request in requests:

@@ -359,10 +359,15 @@ def _inspect_command() -> click.Command:
     def inspect(model: str, check: bool, source: str) -> None:
         """Say what a checkpoint holds, and what is wrong with it; exit code 1 if anything is."""
         from saccade.checkpoints.describe import describe
+        from saccade.checkpoints.formats import open_checkpoint
         from saccade.checkpoints.hub import resolve
 
-        description = describe(resolve(model, source=source), check=check)
-        print(description.render())
+        folder = resolve(model, source=source)
+        description = describe(folder)
+        print("\n".join(description.render()))
+        if check and not description.problems:
+            open_checkpoint(folder).check_finite()
+            print("every weight is finite")
         if description.problems:
             sys.exit(1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from saccade.base.errors import OptionError
 from saccade.base.options import check_bounds, option
@@ -77,7 +78,7 @@ class EngineOptions:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     quantization: str | None = option(None, "quantize the linear layers while loading: w8a16 (weight-only int8)")
-    source: str = option("huggingface", "where hub ids are looked up: huggingface or modelscope")
+    source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     threads: int | None = option(None, "CPU threads; default: as many as this process may use", low=1, high=4096)
     kv_cache_tokens: int | None = option(None, "tokens the key/value cache holds; default: what memory allows", low=1)

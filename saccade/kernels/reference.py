@@ -99,17 +99,20 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
-    """One query per sequence; the query heads of a key head are taken as its queries, sequences padded to the longest."""
+    """One query per sequence; the query heads of a key head are taken as its queries, sequences padded to the longest.
+
+    A sequence is padded with its own last token: what else lies in the cache may be anything, NaN included, and a weight
+    of zero does not silence a NaN.
+    """
     num_sequences, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
-    longest = max(layout.context_lengths)
-    table = layout.block_tables[:, : -(-longest // k_cache.shape[1])]
-    k = k_cache[table].flatten(1, 2)[:, :longest].transpose(1, 2)  # [S, K, C, D]
-    v = v_cache[table].flatten(1, 2)[:, :longest].transpose(1, 2)
-    mask = None
-    if min(layout.context_lengths) != longest:
-        contexts = torch.tensor(layout.context_lengths, device=q.device)
-        mask = (torch.arange(longest, device=q.device) < contexts[:, None])[:, None, None, :]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    contexts = torch.tensor(layout.context_lengths, device=q.device)[:, None]
+    places = torch.arange(max(layout.context_lengths), device=q.device)[None]
+    held = torch.minimum(places, contexts - 1)
+    slots = layout.block_tables.gather(1, held // block_size) * block_size + held % block_size
+    k = k_cache.flatten(0, 1)[slots].transpose(1, 2)  # [S, K, C, D]
+    v = v_cache.flatten(0, 1)[slots].transpose(1, 2)
+    mask = None if len(set(layout.context_lengths)) == 1 else (places < contexts)[:, None, None, :]
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
     return out.reshape(q.shape)

@@ -21,7 +21,7 @@ class TensorSource(Protocol):
     """Where numbers come from: a checkpoint on disk, or a generator of random ones."""
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fills `out` (CPU, any floating type) with the tensor called `name`; `out` has its number of elements."""
+        """Fills `out` (CPU, any floating type) with the tensor called `name`; `out` has its shape."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Filling:
     device: torch.device
     scheme: Scheme = DENSE
 
-    def tensor(self, *shape: int, parts: Mapping[str, int]) -> Tensor:
-        """A tensor of `shape` whose first dimension is `parts` (name -> rows) one after the other."""
-        out = torch.empty(shape, dtype=self.dtype)
+    def tensor(self, *row: int, parts: Mapping[str, int]) -> Tensor:
+        """The tensors named in `parts` (name -> rows) one after the other; `row` is the shape of a row."""
+        out = torch.empty(sum(parts.values()), *row, dtype=self.dtype)
         start = 0
         for name, rows in parts.items():
             self.source.read_into(name, out[start : start + rows])
@@ -44,12 +44,21 @@ class Filling:
 
 
 class Linear(nn.Module):
-    """x W^T + b. `parts` names the checkpoint modules stacked into it (q, k, v) with the rows each gives."""
+    """x W^T + b. `parts` names the checkpoint modules stacked into it (q, k, v) with the rows each gives.
+
+    `row` is the shape of a weight's row in the checkpoint where it is not flat: a convolution's kernel.
+    """
 
     weight: Weight
 
     def __init__(
-        self, kernels: Kernels, in_features: int, parts: Mapping[str, int], bias: bool, quantizable: bool = True
+        self,
+        kernels: Kernels,
+        in_features: int,
+        parts: Mapping[str, int],
+        bias: bool,
+        quantizable: bool = True,
+        row: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.kernels = kernels
@@ -58,13 +67,14 @@ class Linear(nn.Module):
         self.out_features = sum(parts.values())
         self.has_bias = bias
         self.is_quantizable = quantizable
+        self.row = row or (in_features,)
 
     def fill(self, filling: Filling) -> None:
         weights = {f"{name}.weight": rows for name, rows in self.parts.items()}
         biases = {f"{name}.bias": rows for name, rows in self.parts.items()}
         self.weight = Weight(
-            filling.tensor(self.out_features, self.in_features, parts=weights),
-            bias=filling.tensor(self.out_features, parts=biases) if self.has_bias else None,
+            filling.tensor(*self.row, parts=weights).flatten(1),
+            bias=filling.tensor(parts=biases) if self.has_bias else None,
         )
         if self.is_quantizable and not filling.scheme.is_dense:
             self.weight = quantize_weight(self.weight)
@@ -86,7 +96,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def fill(self, filling: Filling) -> None:
-        self.gain = filling.tensor(self.size, parts={f"{self.name}.weight": self.size})
+        self.gain = filling.tensor(parts={f"{self.name}.weight": self.size})
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.kernels.rms_norm(x, self.gain, self.eps, residual)
@@ -104,7 +114,7 @@ class Embedding(nn.Module):
         self.size = size
 
     def fill(self, filling: Filling) -> None:
-        self.weight = Weight(filling.tensor(self.num_rows, self.size, parts={f"{self.name}.weight": self.num_rows}))
+        self.weight = Weight(filling.tensor(self.size, parts={f"{self.name}.weight": self.num_rows}))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: [T] int64. Returns [T, H]."""

@@ -75,9 +75,9 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = Linear(
-            kernels, config.patch_values, {"visual.patch_embed.proj": config.hidden_size}, bias=False, quantizable=False
-        )
+        kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        parts = {"visual.patch_embed.proj": config.hidden_size}
+        self.patch_embed = Linear(kernels, config.patch_values, parts, bias=False, quantizable=False, row=kernel)
         self.layers = nn.ModuleList(VisionBlock(config, kernels, index) for index in range(config.depth))
         self.merger = Merger(config, kernels)
 

@@ -1,0 +1,33 @@
+"""What tests share: tiny random models in process, with transformers kept out of it where it is not the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random float32 checkpoint with a working tokenizer."""
+    from tests.parity.oracle import SHAPES, build
+
+    folder = tmp_path_factory.mktemp("tiny-checkpoint")
+    build(folder, SHAPES[0], seed=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tiny_checkpoint: Path) -> Callable[..., Any]:
+    """LLM over the tiny checkpoint, with options of the test's choice."""
+    from saccade import LLM
+
+    def open_with(**options: Any) -> LLM:
+        return LLM(tiny_checkpoint, device="cpu", dtype="float32", **{"kv_cache_tokens": 8192, **options})
+
+    return open_with

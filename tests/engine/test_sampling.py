@@ -1,0 +1,169 @@
+"""Penalties, filters and draws mean what they mean in transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from saccade import SamplingParams
+from saccade.base.errors import OptionError
+from saccade.checkpoints.config import GenerationConfig
+from saccade.engine.sampling import Sampler, is_looping, top_logprobs
+
+VOCAB = 50
+PROMPT = [3, 3, 8, 41]
+EOS = (49, 48)
+
+
+def logits_of(seed: int) -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sampler(**options: Any) -> Sampler:
+    params = SamplingParams(**{"temperature": 1.0, **options}).resolved(GenerationConfig(eos_token_ids=EOS, top_k=0))
+    return Sampler(params, PROMPT, EOS, VOCAB)
+
+
+def drawn_distribution(logits: Tensor, draws: int = 4000, **options: Any) -> Tensor:
+    counts = Counter(sampler(seed=seed, **options).next_token(logits) for seed in range(draws))
+    return torch.tensor([counts[i] / draws for i in range(VOCAB)])
+
+
+@pytest.mark.parametrize(
+    ("options", "processors"),
+    [
+        ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({"top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        (
+            {"repetition_penalty": 1.8, "temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+            [
+                RepetitionPenaltyLogitsProcessor(1.8),
+                TemperatureLogitsWarper(1.5),
+                TopKLogitsWarper(20),
+                TopPLogitsWarper(0.8),
+                MinPLogitsWarper(0.05),
+            ],
+        ),
+    ],
+)
+def test_draws_follow_transformers_distribution(options: dict[str, Any], processors: list[Any]) -> None:
+    logits = logits_of(1)
+    scores = logits[None]
+    for processor in processors:
+        scores = processor(torch.tensor([PROMPT]), scores)
+    expected = scores[0].softmax(-1)
+    drawn = drawn_distribution(logits, **options)
+    assert set(drawn.nonzero()[:, 0].tolist()) <= set(expected.nonzero()[:, 0].tolist())
+    assert (drawn - expected).abs().max() < 0.03  # four standard deviations of 4000 draws
+
+
+def test_ties_with_the_kth_token_stay() -> None:
+    logits = torch.full((VOCAB,), -9.0)
+    logits[[4, 5, 6]] = torch.tensor([2.0, 1.0, 1.0])
+    assert set(drawn_distribution(logits, 300, top_k=2).nonzero()[:, 0].tolist()) == {4, 5, 6}
+
+
+def test_the_likeliest_token_always_stays() -> None:
+    assert sampler(top_p=0.0).next_token(logits_of(2)) == int(logits_of(2).argmax())
+
+
+def test_the_penalty_counts_each_id_once_and_the_prompt_too() -> None:
+    greedy = sampler(temperature=0.0, repetition_penalty=2.0)
+    logits = torch.zeros(VOCAB)
+    logits[3], logits[10], logits[11] = 4.0, 2.5, 1.5
+    assert [greedy.next_token(logits) for _ in range(3)] == [10, 3, 3]  # 3 is halved from the start, 10 once it is said
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[3], logits[10] = 3.0, 2.6
+    presence = sampler(temperature=0.0, presence_penalty=0.5)
+    assert [presence.next_token(logits) for _ in range(4)] == [3, 10, 3, 3]
+    frequency = sampler(temperature=0.0, frequency_penalty=0.5)
+    assert [frequency.next_token(logits) for _ in range(4)] == [3, 10, 3, 10]
+
+
+def test_no_end_before_min_tokens() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[48, 49]] = 9.0
+    oracle = MinNewTokensLengthLogitsProcessor(len(PROMPT), 2, list(EOS), "cpu")
+    assert oracle(torch.tensor([PROMPT]), logits[None].clone())[0].argmax() == 0
+    greedy = sampler(temperature=0.0, min_tokens=2)
+    assert [greedy.next_token(logits) for _ in range(3)] == [0, 0, 48]
+
+
+def test_a_seed_repeats_and_the_logits_are_left_alone() -> None:
+    logits = logits_of(3)
+    before = logits.clone()
+    first, second = (sampler(seed=5, repetition_penalty=1.3, presence_penalty=1.0) for _ in range(2))
+    assert [first.next_token(logits) for _ in range(20)] == [second.next_token(logits) for _ in range(20)]
+    assert torch.equal(logits, before)
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
+    logits = logits_of(4) * 50
+    assert sampler(temperature=1e-6).next_token(logits) == int(logits.argmax())
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = logits_of(5)
+    chosen, *best = top_logprobs(logits, 7, 3)
+    expected = logits.log_softmax(0)
+    assert chosen.logprob == pytest.approx(float(expected[7]))
+    assert chosen.rank == int((expected > expected[7]).sum()) + 1
+    assert [entry.token_id for entry in best] == expected.topk(3).indices.tolist()
+    assert [entry.rank for entry in best] == [1, 2, 3]
+
+
+def test_the_checkpoints_defaults_fill_what_is_not_said() -> None:
+    defaults = GenerationConfig((1,), do_sample=True, temperature=0.1, top_k=1, top_p=0.001, repetition_penalty=1.05)
+    resolved = SamplingParams(top_k=7).resolved(defaults)
+    assert (resolved.temperature, resolved.top_k, resolved.top_p, resolved.repetition_penalty) == (0.1, 7, 0.001, 1.05)
+    assert SamplingParams().resolved(GenerationConfig((1,))).is_greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be 0 to 1"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens 9 is larger"),
+        ({"stop": ("",)}, "non-empty"),
+        ({"n": 0}, "n is 0"),
+        ({"top_k": "3"}, "top_k is '3'"),
+    ],
+)
+def test_an_option_out_of_bounds_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        SamplingParams(**options)
+
+
+def test_an_unknown_stop_token_is_refused() -> None:
+    with pytest.raises(OptionError, match="stop_token_ids has 50"):
+        sampler(stop_token_ids=(50,))
+
+
+def test_endless_repetition_is_seen_and_tables_are_not() -> None:
+    assert is_looping([5] * 256)
+    assert is_looping([1, 2, 3] + [7, 8, 9, 10] * 64)
+    assert is_looping(list(range(128)) * 16)
+    assert not is_looping([5] * 255)
+    assert not is_looping([7, 8, 9, 10] * 63)
+    rows = [token for i in range(300) for token in (1, 2, 10 + i % 10, 100 + i // 10, 3)]
+    assert not is_looping(rows)

@@ -138,8 +138,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder} holds no config.json; pass the folder of a Qwen2.5-VL checkpoint")
     top = Fields(read_json(path), path)
     _require_architecture(top)
-    nested = top.has("text_config")
-    text = _read_text(Fields({**top.values, **top.object("text_config").values}, path) if nested else top, top)
+    nested = top.object("text_config").values if top.has("text_config") else {}
+    flat = Fields({**top.values, **nested}, path)
+    text = _read_text(flat, top)
     vision = _read_vision(top.object("vision_config"), text)
 
     def token(name: str, default: int) -> int:
@@ -158,7 +159,7 @@ def read_config(folder: Path) -> ModelConfig:
         video_token_id=video,
         vision_start_token_id=token("vision_start_token_id", 151652),
         vision_end_token_id=token("vision_end_token_id", 151653),
-        dtype=_read_dtype(top),
+        dtype=_read_dtype(flat),
         quantization=_read_quantization(top),
     )
 
@@ -199,7 +200,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None, *, at_least: float, at_most: float) -> float:
-        """A finite number in the closed range; `at_least` 0 admits 0, any other low bound is meant literally."""
+        """A finite number in the closed range."""
         value = self.get(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not at_least <= value <= at_most:
             raise self.refusal(name, f"is {_show(value)}", f"a number from {at_least:g} to {at_most:g} is expected")
@@ -356,11 +357,11 @@ def _read_vision(vision: Fields, text: TextConfig) -> VisionConfig:
     return config
 
 
-def _read_dtype(top: Fields) -> str:
-    name = "torch_dtype" if top.has("torch_dtype") else "dtype"
-    dtype = top.string(name, "bfloat16").removeprefix("torch.")
+def _read_dtype(flat: Fields) -> str:
+    name = "torch_dtype" if flat.has("torch_dtype") else "dtype"
+    dtype = flat.string(name, "bfloat16").removeprefix("torch.")
     if dtype not in DTYPES:
-        raise top.refusal(name, f"is {_show(dtype)}", f"one of {', '.join(DTYPES)} is expected")
+        raise flat.refusal(name, f"is {_show(dtype)}", f"one of {', '.join(DTYPES)} is expected")
     return dtype
 
 

@@ -57,9 +57,9 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         return self.shards.read(self._in_file(name))
 
-    def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+    def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
         """See `Shards.read_into`."""
-        return self.shards.read_into(self._in_file(name), out, rows, columns)
+        self.shards.read_into(self._in_file(name), out, rows, columns)
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Reads these tensors (all by default). Raises CheckpointError for the first that holds NaN or an infinity."""

@@ -23,7 +23,7 @@ FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
-def resolve(model: str | Path, source: Source = "huggingface", revision: str | None = None) -> Path:
+def resolve(model: str | os.PathLike[str], source: Source = "huggingface", revision: str | None = None) -> Path:
     """The folder of `model`: "demo", a local folder (for one called demo write ./demo), or a hub id such as org/name.
 
     A hub id is downloaded, or taken from the hub's cache. Raises CheckpointError saying what to do when there is no such

@@ -119,10 +119,12 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """The tensor in new memory of exactly its size."""
         info = self.info(name)
-        return self.read_into(name, torch.empty(info.shape, dtype=info.dtype))
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, out)
+        return out
 
-    def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """Fills `out` with the tensor, or with its `rows` (of dimension 0) and `columns` (of dimension 1), and returns it.
+    def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
+        """Fills `out` with the tensor, or with its `rows` (of dimension 0) and `columns` (of dimension 1).
 
         Only the chosen rows are read. A contiguous `out` on the CPU of the file's type, all columns wanted, is filled in
         place; in any other case (another type, device or stride, or some columns) chunks of CHUNK_BYTES pass between.
@@ -139,13 +141,13 @@ class Shards:
         assert out.dtype.is_floating_point == info.dtype.is_floating_point, f"{name}: {info.dtype} into {out.dtype}"
         out = out.detach()
         if out.numel() == 0:
-            return out
+            return
         row_bytes = info.nbytes // num_rows
         start = info.offset + first * row_bytes
         with self._open(info) as file:
             if in_order and out.dtype == info.dtype and out.device.type == "cpu":
                 self._fill(file, info, start, _bytes_of(out))
-                return out
+                return
             unit_bytes = info.dtype.itemsize if in_order else row_bytes
             for chunk, first_value in self._chunks(file, info, start, (last - first) * row_bytes, unit_bytes):
                 if in_order:
@@ -154,7 +156,6 @@ class Shards:
                     block = chunk.view(-1, *info.shape[1:])
                     row = first_value * info.dtype.itemsize // row_bytes
                     out[row : row + len(block)].copy_(block if columns is None else block[:, left:right])
-        return out
 
     def check_finite(self, name: str) -> None:
         """Reads the tensor in chunks. Raises CheckpointError naming tensor, file and place of the first NaN or infinity."""

@@ -35,6 +35,13 @@ def test_memory_held_now_is_at_most_the_peak() -> None:
     assert meter.available_memory_bytes() > 0
 
 
+def test_the_peak_of_a_parent_process_is_not_ours() -> None:
+    held = bytearray(300 << 20)
+    program = "from saccade.base.meter import peak_memory_bytes\nprint(peak_memory_bytes())"
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < len(held)
+
+
 def write_group(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

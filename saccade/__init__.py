@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from saccade.api import LLM as LLM
     from saccade.base.errors import SaccadeError as SaccadeError
     from saccade.engine.options import SamplingParams as SamplingParams
-    from saccade.inputs.media import MediaLimits as MediaLimits
-    from saccade.inputs.media import MediaOptions as MediaOptions
+    from saccade.inputs.options import MediaLimits as MediaLimits
+    from saccade.inputs.options import MediaOptions as MediaOptions
     from saccade.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "LLM": "saccade.api",
-    "MediaLimits": "saccade.inputs.media",
-    "MediaOptions": "saccade.inputs.media",
+    "MediaLimits": "saccade.inputs.options",
+    "MediaOptions": "saccade.inputs.options",
     "RequestOutput": "saccade.outputs",
     "SaccadeError": "saccade.base.errors",
     "SamplingParams": "saccade.engine.options",

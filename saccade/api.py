@@ -24,7 +24,7 @@ from saccade.engine.request import Request, Timings
 from saccade.engine.runner import Runner
 from saccade.engine.scheduler import Scheduler
 from saccade.inputs.chat import ChatTokenizer
-from saccade.inputs.media import MediaLimits, MediaOptions
+from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Prompt
 from saccade.kernels.choose import choose, choose_device
 from saccade.model.layers import Filling, TensorSource

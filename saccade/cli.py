@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -38,6 +38,8 @@ ALIASES = {
     "repetition_penalty": ["--repetition_penalty"],
 }
 
+
+MODEL_HELP = "checkpoint folder, hub id, or demo"
 
 # --- flags from dataclasses ------------------------------------------------------------------------------------------
 
@@ -331,7 +333,8 @@ def _plan_text(plan: Plan) -> str:
 def _receipt_text(receipt: MediaReceipt) -> str:
     (width, height), (model_width, model_height) = receipt.original_size, receipt.model_size
     what = "picture" if receipt.kind == "image" else "video  "
-    text = f"{what} {receipt.index + 1}  {receipt.source}: {width} x {height} -> {model_width} x {model_height}, {receipt.num_tokens} tokens"
+    text = f"{what} {receipt.index + 1}  {receipt.source}: {width} x {height}"
+    text += f" -> {model_width} x {model_height}, {receipt.num_tokens} tokens"
     if receipt.frame_times_s:
         first, last = receipt.frame_times_s[0], receipt.frame_times_s[-1]
         text += f", {len(receipt.frame_times_s)} frames from {first:.2f} to {last:.2f} s, {receipt.second_per_grid:.4f} s per grid"
@@ -356,7 +359,7 @@ def _inspect_command() -> click.Command:
         show_default=True,
         help="where hub ids are looked up: huggingface or modelscope",
     )
-    def inspect(model: str, check: bool, source: str) -> None:
+    def inspect(model: str, check: bool, source: Literal["huggingface", "modelscope"]) -> None:
         """Say what a checkpoint holds, and what is wrong with it; exit code 1 if anything is."""
         from saccade.checkpoints.describe import describe
         from saccade.checkpoints.formats import open_checkpoint
@@ -390,7 +393,47 @@ def _doctor_command() -> click.Command:
 
 
 def _bench_command() -> click.Command:
-    raise click.UsageError("bench is not built yet")
+    from saccade.bench.options import BenchOptions
+    from saccade.engine.options import EngineOptions, SamplingParams
+    from saccade.inputs.options import MediaOptions
+
+    @click.command("bench", short_help=Program.SUMMARIES["bench"])
+    @click.option("--model", "--model_name_or_path", default="demo", show_default=True, help=MODEL_HELP)
+    @click.option("--image", "--image_file", "images", multiple=True, help="a picture; may be given several times")
+    @click.option("--video", "--video_file", "videos", multiple=True, help="a video; may be given several times")
+    @click.option("--question", default="Describe this image.", show_default=True, help="the question")
+    @flags(BenchOptions)
+    @flags(SamplingParams, max_tokens=128, min_tokens=128)
+    @flags(MediaOptions)
+    @flags(EngineOptions)
+    def bench(model: str, images: tuple[str, ...], videos: tuple[str, ...], question: str, **values: Any) -> None:
+        """Measure every stage of an answer, and its distance from the machine's limit.
+
+        Works as typed, offline: saccade bench --repeat 3 --warmup 1
+        """
+        options = gather(BenchOptions, values)
+        params = gather(SamplingParams, values)
+        media = gather(MediaOptions, values)
+        engine = dataclasses.asdict(gather(EngineOptions, values))
+
+        from saccade import api
+        from saccade.bench.measure import bench as measure
+        from saccade.bench.model import random_llm
+        from saccade.demo import a_picture
+
+        if not images and not videos:
+            images = (str(a_picture()),)
+        if options.random is not None:
+            llm = random_llm(options.random, options.layers, options.vision_depth, media=media, **engine)
+        else:
+            llm = api.LLM(model, media=media, **engine)
+        messages = api.messages_for(question, images, videos)
+        result = measure(llm, messages, params, options, name=options.random or model)
+        result.show()
+        if options.json is not None:
+            result.write(options.json)
+
+    return bench
 
 
 def _demo_command() -> click.Command:

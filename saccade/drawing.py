@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from saccade.inputs.media import MediaLimits, open_picture
+from saccade.inputs.media import open_picture
+from saccade.inputs.options import MediaLimits
 from saccade.outputs import CompletionOutput
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#9a6324")

@@ -87,7 +87,8 @@ class Runner:
             rows = torch.cat([patches(medium.frames, self.model.config) for medium in group])
             middle = time.perf_counter()
             grids = [medium.receipt.grid for medium in group]
-            encoded = self.model.encode(rows, grids).split([medium.receipt.num_tokens for medium in group])
+            lengths = [medium.receipt.num_tokens for medium in group]
+            encoded = torch.split(self.model.encode(rows, grids), lengths)
             for medium, features in zip(group, encoded, strict=True):
                 found[medium.key] = features
                 self.encoder_cache.put(medium.key, features)

@@ -17,6 +17,6 @@ def quantize_rows_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_weight(weight: Weight, rows_at_a_time: int = 4096) -> Weight:
     """A dense weight as W8A16, in memory bounded by `rows_at_a_time` float32 rows beyond the result."""
-    pieces = [quantize_rows_int8(rows) for rows in weight.values.split(rows_at_a_time)]
+    pieces = [quantize_rows_int8(rows) for rows in torch.split(weight.values, rows_at_a_time)]
     values, scale = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     return Weight(values, scale, weight.bias, W8A16)

@@ -1,0 +1,50 @@
+# Two commands set everything up on a fresh machine with Python 3.11 and g++:
+#   make demo   installs, then asks the demo model about one picture, several pictures and a video
+#   make test   installs what the tests need, then runs them
+# PYTHON picks another interpreter; TORCH another torch (any from 2.6 on; empty leaves an installed one alone).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/saccade demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+format: $(VENV)/.check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch's own index holds its CPU builds; everything else comes from the default one.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)")
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) --editable ".[check]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

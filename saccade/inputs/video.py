@@ -432,7 +432,7 @@ class _Video:
 
     def _upright_rgb(self, frame: av.VideoFrame) -> Pixels:
         self.orientation = _orientation(frame)
-        if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
+        if any(component.is_alpha for component in frame.format.components):
             rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
             alpha = rgba[:, :, 3:]
             pixels = ((rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)  # on white

@@ -9,14 +9,31 @@ from torch import Tensor
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments
 from saccade.schemes.scheme import Weight
 
+FEW_ROWS = 32  # up to here a linear layer is bound by reading its weights, not by arithmetic
 QUERY_TILE = 512  # queries whose mask over the context is held at once
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     if weight.scale is None:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 <= len(x) <= FEW_ROWS:
+            return _few_rows(x, weight.values, weight.bias)
         return F.linear(x, weight.values, weight.bias)
     y = F.linear(x, weight.values.to(x.dtype)) * weight.scale.to(x.dtype)
     return y if weight.bias is None else y + weight.bias
+
+
+def _few_rows(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """The same product with the weight on the left, which torch reads faster on a CPU in bfloat16 (other types gain nothing).
+
+    GB/s of weights, F.linear against this, torch 2.13, one thread of a shared Xeon with AMX, 500 MB of weights in turn:
+    22016 x 2048: 8.4 -> 12.8 with 1 row, 5.9 -> 10.3 with 8; 2048 x 11008: 2.2 -> 5.8, 5.6 -> 6.7; 37888 x 3584: 5.1 -> 10.3,
+    6.4 -> 7.6. The largest distance from float64 is equal for both.
+    """
+    if len(x) == 1:
+        y = torch.mv(values, x[0]) if bias is None else torch.addmv(bias, values, x[0])
+        return y[None]
+    y = values @ x.t() if bias is None else torch.addmm(bias[:, None], values, x.t())
+    return y.t().contiguous()
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +51,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None, :], sin[:, None, :]
     low, high = x.float().chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+    return torch.cat([(low * cos - high * sin).to(x.dtype), (high * cos + low * sin).to(x.dtype)], dim=-1)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ class LLM:
         self.config, self.tokenizer = config, tokenizer
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
         device, dtype = choose_device(options.device), torch_dtype(options.dtype, config)
-        torch.set_num_threads(options.threads or usable_cpus())
+        if options.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(options.threads or usable_cpus())
         model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         weights = weight_bytes(config, dtype, scheme_of(options.quantization))

@@ -17,7 +17,7 @@ from tests.parity.test_transformers import picture
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `saccade ...` in this process. Returns exit code, stdout and stderr."""
 
@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.fixture()
+@pytest.fixture
 def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.jpg"
     picture(120, 90, 1).save(path)
@@ -58,7 +58,17 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
 
 
 def test_a_question_about_a_picture_is_answered(run: Run, tiny_checkpoint: Path, photo: Path) -> None:
-    arguments = ["ask", "What is this?", "--image", str(photo), "--model", str(tiny_checkpoint), "--max-tokens", "8", "--ignore-eos"]
+    arguments = [
+        "ask",
+        "What is this?",
+        "--image",
+        str(photo),
+        "--model",
+        str(tiny_checkpoint),
+        "--max-tokens",
+        "8",
+        "--ignore-eos",
+    ]
     code, out, err = run(*arguments, "--dtype", "float32")
     assert code == 0, err
     assert out.strip()
@@ -66,7 +76,9 @@ def test_a_question_about_a_picture_is_answered(run: Run, tiny_checkpoint: Path,
 
 
 def test_json_holds_answer_receipt_and_counts(run: Run, tiny_checkpoint: Path, photo: Path) -> None:
-    code, out, err = run("ask", "Hi", "--image", str(photo), "--model", str(tiny_checkpoint), "--max-tokens", "4", "--json", "--n", "2")
+    code, out, err = run(
+        "ask", "Hi", "--image", str(photo), "--model", str(tiny_checkpoint), "--max-tokens", "4", "--json", "--n", "2"
+    )
     assert code == 0, err
     answer = json.loads(out)
     assert len(answer["outputs"]) == 2
@@ -76,7 +88,9 @@ def test_json_holds_answer_receipt_and_counts(run: Run, tiny_checkpoint: Path, p
     assert answer["usage"]["prompt_tokens"] > 12
 
 
-def test_a_dry_run_prints_the_receipt_and_loads_no_weights(run: Run, tiny_checkpoint: Path, photo: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_receipt_and_loads_no_weights(
+    run: Run, tiny_checkpoint: Path, photo: Path, tmp_path: Path
+) -> None:
     """The weights' bytes are gone; only their headers are left to read."""
     hollow = tmp_path / "hollow"
     hollow.mkdir()

@@ -42,7 +42,9 @@ LOW, HIGH = 3136, 12_845_056
         (3000, 2000, 256 * 784, 1280 * 784, (812, 1204)),
     ],
 )
-def test_a_picture_is_resized_as_in_training(width: int, height: int, low: int, high: int, expected: tuple[int, int]) -> None:
+def test_a_picture_is_resized_as_in_training(
+    width: int, height: int, low: int, high: int, expected: tuple[int, int]
+) -> None:
     assert fit_size(height, width, low, high, 28) == expected
 
 
@@ -69,7 +71,38 @@ def test_patches_stand_in_blocks_of_the_merger() -> None:
 
 def test_windows_are_cut_from_the_top_left_and_edges_are_smaller() -> None:
     order, lengths = window_order([Grid(1, 12, 10)], 2, 4)
-    by_hand = [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18, 4, 9, 14, 19, 20, 21, 22, 23, 25, 26, 27, 28, 24, 29]
+    by_hand = [
+        0,
+        1,
+        2,
+        3,
+        5,
+        6,
+        7,
+        8,
+        10,
+        11,
+        12,
+        13,
+        15,
+        16,
+        17,
+        18,
+        4,
+        9,
+        14,
+        19,
+        20,
+        21,
+        22,
+        23,
+        25,
+        26,
+        27,
+        28,
+        24,
+        29,
+    ]
     assert order.tolist() == by_hand
     assert lengths == [64, 16, 32, 8]
 
@@ -122,7 +155,9 @@ def test_a_small_video_tells_true_seconds() -> None:
         (Grid(14, 36, 20), 2.13093, 71, 81),
     ],
 )
-def test_the_reference_prompts_resume_where_published(grid: Grid, seconds: float, text_resumes: int, after: int) -> None:
+def test_the_reference_prompts_resume_where_published(
+    grid: Grid, seconds: float, text_resumes: int, after: int
+) -> None:
     tokens = grid.num_tokens(2)
     positions, following = token_positions(25 + tokens, [Span(15, grid, seconds)], 2, 2)
     assert positions[:, 15 + tokens].tolist() == [text_resumes] * 3
@@ -150,7 +185,13 @@ PANDA = (895, 895_000 / 29_833)  # frames and average rate of a 29.83 s clip
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 58), ({"fps": 1.0}, 28), ({"fps": 1.0, "round_to_even": True}, 30), ({"fps": 4.0}, 118), ({"nframes": 16}, 16)],
+    [
+        ({}, 58),
+        ({"fps": 1.0}, 28),
+        ({"fps": 1.0, "round_to_even": True}, 30),
+        ({"fps": 4.0}, 118),
+        ({"nframes": 16}, 16),
+    ],
 )
 def test_the_published_clip_gives_the_published_frame_counts(options: dict[str, float], count: int) -> None:
     assert num_frames_to_sample(*PANDA, **options) == count  # type: ignore[arg-type]
@@ -202,6 +243,8 @@ def test_points_map_back_through_the_orientation(orientation: int) -> None:
     file = io.BytesIO()
     stored.save(file, "PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(file))
-    (x, y) = next((x, y) for x in range(upright.width) for y in range(upright.height) if upright.getpixel((x, y)) == 255)
+    (x, y) = next(
+        (x, y) for x in range(upright.width) for y in range(upright.height) if upright.getpixel((x, y)) == 255
+    )
     pixels = PixelMap(upright.size, upright.size, orientation)
     assert pixels.to_stored(x + 0.5, y + 0.5) == pytest.approx((4.5, 1.5))

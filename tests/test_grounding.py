@@ -58,7 +58,8 @@ def test_a_turned_photograph_gives_upright_and_stored_boxes() -> None:
 
 def test_a_box_belongs_to_the_picture_it_names() -> None:
     pictures = [a_picture(0), a_picture(1, original=(504, 378))]
-    text = '[{"bbox_2d": [0, 0, 1008, 756], "image": 2}, {"bbox_2d": [0, 0, 1008, 756]}, {"bbox_2d": [0, 0, 1, 1], "image": "Picture 2"}]'
+    text = '[{"bbox_2d": [0, 0, 1008, 756], "image": 2}, {"bbox_2d": [0, 0, 1008, 756]}, '
+    text += '{"bbox_2d": [0, 0, 1, 1], "image": "Picture 2"}]'
     boxes = find_boxes(text, pictures)
     assert [box.picture for box in boxes] == [1, 0, 1]
     assert corners(boxes)[:2] == [(0, 0, 504, 378), (0, 0, 1000, 747)]
@@ -71,9 +72,13 @@ def test_points_are_found() -> None:
 
 
 def test_events_count_from_the_clips_own_start() -> None:
-    text = '[{"start_time": "01:02.50", "end_time": "75:00.0", "description": "a jump"}, {"start_time": 3, "end_time": 4.5, "label": "x"}]'
+    text = '[{"start_time": "01:02.50", "end_time": "75:00.0", "description": "a jump"}, '
+    text += '{"start_time": 3, "end_time": 4.5, "label": "x"}]'
     events = find_events(text, [a_video()])
-    assert [(event.start_s, event.end_s, event.description) for event in events] == [(72.5, 4510.0, "a jump"), (13.0, 14.5, "x")]
+    assert [(event.start_s, event.end_s, event.description) for event in events] == [
+        (72.5, 4510.0, "a jump"),
+        (13.0, 14.5, "x"),
+    ]
 
 
 def test_without_media_nothing_is_found() -> None:
@@ -105,7 +110,18 @@ def test_what_is_no_box_is_passed_over(text: str) -> None:
 
 def test_mangled_answers_never_raise() -> None:
     pick = random.Random(0)
-    pieces = ['{"bbox_2d": [1, 2, 30, 40], "label": "a"}', '{"point_2d": [1, 2]}', '"start_time": "0:1"', "```json", "[", "]", "{", "}", ",", '"']
+    pieces = [
+        '{"bbox_2d": [1, 2, 30, 40], "label": "a"}',
+        '{"point_2d": [1, 2]}',
+        '"start_time": "0:1"',
+        "```json",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        '"',
+    ]
     for _ in range(3000):
         text = "".join(pick.choice(pieces) for _ in range(pick.randrange(30)))
         text = "".join(c for c in text if pick.random() > 0.02)

@@ -80,7 +80,9 @@ class EngineOptions:
     quantization: str | None = option(None, "quantize the linear layers while loading: w8a16 (weight-only int8)")
     source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    threads: int | None = option(None, "CPU threads; default: as many as this process may use", low=1, high=4096)
+    threads: int | None = option(
+        None, "CPU threads; default: OMP_NUM_THREADS, or as many as this process may use", low=1, high=4096
+    )
     kv_cache_tokens: int | None = option(None, "tokens the key/value cache holds; default: what memory allows", low=1)
     block_size: int = option(32, "tokens in a block of the cache", low=1, high=4096)
     max_tokens_per_step: int = option(2048, "tokens computed in a step; longer prompts are prefilled in chunks", low=1)

@@ -23,7 +23,9 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0, repetition_penalty=1.0, ig
 def conversation(seed: int) -> list[dict[str, Any]]:
     """Text, a picture, two pictures, a clip: what there is depends on the seed, and so do sizes and lengths."""
     words = {"type": "text", "text": " ".join(["tell me more"] * (1 + seed * 7 % 23))}
-    pictures = [{"type": "image", "image": picture(56 + 28 * (seed % 5), 84 + 28 * (seed % 3), seed + i)} for i in range(2)]
+    pictures = [
+        {"type": "image", "image": picture(56 + 28 * (seed % 5), 84 + 28 * (seed % 3), seed + i)} for i in range(2)
+    ]
     video = {"type": "video", "video": clip(56, 84, 2 + seed % 4, seed), "fps": 1.0 + seed % 3, "min_pixels": 3136}
     content = [[words], [pictures[0], words], [words, *pictures], [video, words], [pictures[1], video, words]][seed % 5]
     return [{"role": "user", "content": content}]
@@ -45,12 +47,20 @@ def one_by_one(open_tiny: Open) -> list[list[int]]:
         {},
         {"kv_cache_tokens": 640, "block_size": 8},  # too small for all of them: requests wait and are preempted
         {"max_tokens_per_step": 48},  # prompts in chunks, pictures cut across steps
-        {"kv_cache_tokens": 512, "block_size": 4, "max_tokens_per_step": 33, "encoder_cache_bytes": 0, "max_running": 7},
+        {
+            "kv_cache_tokens": 512,
+            "block_size": 4,
+            "max_tokens_per_step": 33,
+            "encoder_cache_bytes": 0,
+            "max_running": 7,
+        },
         {"prefix_cache": False, "block_size": 1, "kv_cache_tokens": 900},
     ],
     ids=["roomy", "small cache", "chunks", "everything small", "blocks of one"],
 )
-def test_64_mixed_requests_answer_as_one_by_one(open_tiny: Open, one_by_one: list[list[int]], options: dict[str, Any]) -> None:
+def test_64_mixed_requests_answer_as_one_by_one(
+    open_tiny: Open, one_by_one: list[list[int]], options: dict[str, Any]
+) -> None:
     llm = open_tiny(**options)
     assert tokens(llm.chat([conversation(seed) for seed in range(64)], GREEDY)) == one_by_one
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks, "blocks leaked"
@@ -81,7 +91,9 @@ def test_two_pictures_of_one_size_are_not_mistaken_for_each_other(open_tiny: Ope
 def test_a_shared_picture_is_embedded_once(open_tiny: Open) -> None:
     llm = open_tiny()
     parts = {"type": "image", "image": picture(112, 84, 3)}
-    conversations = [[{"role": "user", "content": [parts, {"type": "text", "text": f"Question {i}"}]}] for i in range(5)]
+    conversations = [
+        [{"role": "user", "content": [parts, {"type": "text", "text": f"Question {i}"}]}] for i in range(5)
+    ]
     llm.chat(conversations, GREEDY)
     assert llm.engine.runner.num_encoded == 1
 
@@ -172,7 +184,9 @@ def test_closing_a_stream_frees_its_blocks_at_once(open_tiny: Open) -> None:
 
 def test_a_broken_picture_among_many_harms_no_other(open_tiny: Open, one_by_one: list[list[int]]) -> None:
     llm = open_tiny()
-    broken = [{"role": "user", "content": [{"type": "image", "image": b"not a picture"}, {"type": "text", "text": "?"}]}]
+    broken = [
+        {"role": "user", "content": [{"type": "image", "image": b"not a picture"}, {"type": "text", "text": "?"}]}
+    ]
     outputs = llm.chat([conversation(0), broken, conversation(1)], GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
     assert "picture" in (outputs[1].outputs[0].error or "")
@@ -193,7 +207,11 @@ def test_a_prompt_that_cannot_fit_is_refused_and_one_that_fits_ends_at_the_limit
 
 def test_endless_repetition_ends_the_answer(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A head that always says the same token."""
-    llm = LLM(_edited(tiny_checkpoint, tmp_path, {"lm_head.weight": lambda w: torch.zeros_like(w)}), dtype="float32", device="cpu")
+    llm = LLM(
+        _edited(tiny_checkpoint, tmp_path, {"lm_head.weight": lambda w: torch.zeros_like(w)}),
+        dtype="float32",
+        device="cpu",
+    )
     params = SamplingParams(max_tokens=2000, temperature=0)
     answer = llm.chat(conversation(0), params)[0].outputs[0]
     assert answer.finish_reason == "repetition"
@@ -254,5 +272,7 @@ def _edited(source: Path, target: Path, edits: dict[str, Callable[[torch.Tensor]
         if file.suffix != ".safetensors":
             (target / file.name).write_bytes(file.read_bytes())
     tensors = load_file(source / "model.safetensors")
-    save_file({name: edits.get(name, lambda t: t)(tensor) for name, tensor in tensors.items()}, target / "model.safetensors")
+    save_file(
+        {name: edits.get(name, lambda t: t)(tensor) for name, tensor in tensors.items()}, target / "model.safetensors"
+    )
     return target

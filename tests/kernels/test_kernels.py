@@ -25,7 +25,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def kernels(device: torch.device) -> Kernels:
     return choose(device)
 
@@ -36,7 +36,9 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double().cpu(), expected.double().cpu(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        got.double().cpu(), expected.double().cpu(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -102,7 +104,9 @@ def test_rms_norm_carries_the_residual(kernels: Kernels, device: torch.device, d
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
-def test_rope_turns_pairs_half_a_head_apart(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def test_rope_turns_pairs_half_a_head_apart(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> None:
     q, k = randn(7, 4, head_dim, dtype=dtype, device=device), randn(7, 2, head_dim, dtype=dtype, device=device, seed=1)
     angles = randn(7, head_dim // 2, dtype=torch.float32, device=device, seed=2)
     for x, y in zip((q, k), kernels.rope(q, k, angles.cos(), angles.sin()), strict=True):
@@ -156,7 +160,9 @@ def test_paged_attention_reads_what_was_stored(
     for s, (num_queries, context, table) in enumerate(zip(queries, contexts, tables, strict=True)):
         k, v = (randn(context, num_kv_heads, head_dim, dtype=dtype, device=device, seed=10 * s + i) for i in (1, 2))
         q = randn(num_queries, num_heads, head_dim, dtype=dtype, device=device, seed=10 * s + 3)
-        slots = torch.tensor([table[t // block_size] * block_size + t % block_size for t in range(context)], device=device)
+        slots = torch.tensor(
+            [table[t // block_size] * block_size + t % block_size for t in range(context)], device=device
+        )
         kernels.store_kv(k, v, k_cache, v_cache, PagedLayout((context,), (context,), block_tables, slots))
         all_queries.append(q)
         expected.append(dense_attention(q, k, v, head_dim**-0.5, causal=True))

@@ -22,7 +22,14 @@ from saccade.inputs.prompt import Prompt
 
 transformers_logging.set_verbosity_error()
 TOKENIZER = Path(__file__).parent.parent / "data" / "tokenizer"
-SPECIAL = {"bos": 397, "eos": 399, "vision_start": 406, "vision_end": 407, "image": 409, "video": 410}  # of that tokenizer
+SPECIAL = {
+    "bos": 397,
+    "eos": 399,
+    "vision_start": 406,
+    "vision_end": 407,
+    "image": 409,
+    "video": 410,
+}  # of that tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ SHAPES = [
 ]
 
 
-def build(folder: Path, shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
+def build(
+    folder: Path, shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Qwen2_5_VLForConditionalGeneration:
     """A random model written to `folder` as a checkpoint, and transformers' own copy of it in memory."""
     torch.manual_seed(seed)
     rope = {"rope_type": "default", "rope_theta": shape.theta, "mrope_section": list(shape.mrope)}
@@ -108,7 +117,9 @@ def build(folder: Path, shape: Shape, seed: int = 0, dtype: torch.dtype = torch.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.6 if "embed_tokens" in name or "lm_head" in name else 0.7 * parameter[0].numel() ** -0.5)
+                parameter.normal_(
+                    0, 0.6 if "embed_tokens" in name or "lm_head" in name else 0.7 * parameter[0].numel() ** -0.5
+                )
             else:
                 parameter.normal_(1.0 if "norm" in name or "ln_q" in name else 0.0, 0.2)
     model.tie_weights()
@@ -134,9 +145,18 @@ def _save(folder: Path, model: Qwen2_5_VLForConditionalGeneration, shape: Shape)
         text = config.pop("text_config")
         rope = text.pop("rope_parameters")
         vision = config["vision_config"]
-        config = {**text, **config, "rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+        config = {
+            **text,
+            **config,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        }
         config["vision_config"] = vision
-    config |= {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": str(model.dtype)[6:]}
+    config |= {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "torch_dtype": str(model.dtype)[6:],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 12_845_056}))
     generation = {"eos_token_id": [SPECIAL["eos"], SPECIAL["bos"]], "pad_token_id": SPECIAL["bos"], **shape.generation}
@@ -162,7 +182,10 @@ class Oracle:
     def forward(self, prompt: Prompt, config: Any, **more: Any) -> Any:
         ids = torch.tensor([prompt.token_ids])
         inputs: dict[str, Any] = {}
-        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+        for kind, pixels, grid in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
             rows = [patches(m.frames, config) for m in prompt.media if m.receipt.kind == kind]
             if rows:
                 inputs |= {pixels: torch.cat(rows).to(self.model.dtype), grid: _grids(prompt, (kind,))}
@@ -175,7 +198,9 @@ class Oracle:
         return self.forward(prompt, config).logits[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def greedy(self, prompt: Prompt, config: Any, count: int, penalty: float = 1.0, stop: tuple[int, ...] = ()) -> list[int]:
+    def greedy(
+        self, prompt: Prompt, config: Any, count: int, penalty: float = 1.0, stop: tuple[int, ...] = ()
+    ) -> list[int]:
         """A plain loop: argmax of penalised last logits, one token at a time over transformers' cache."""
         out = self.forward(prompt, config, use_cache=True)
         processor = RepetitionPenaltyLogitsProcessor(penalty)
@@ -190,7 +215,10 @@ class Oracle:
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
             position = torch.full((3, 1, 1), prompt.next_position + len(answer) - 1)
             out = self.model(
-                input_ids=ids[:, -1:], position_ids=position, past_key_values=out.past_key_values, use_cache=True,
+                input_ids=ids[:, -1:],
+                position_ids=position,
+                past_key_values=out.past_key_values,
+                use_cache=True,
                 mm_token_type_ids=torch.zeros(1, 1, dtype=torch.int32),
             )
 

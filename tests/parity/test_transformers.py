@@ -21,7 +21,9 @@ GREEDY = SamplingParams(max_tokens=48, temperature=0, repetition_penalty=1.0, ig
 def picture(width: int, height: int, seed: int) -> Image.Image:
     """Smooth colours with noise, so that neighbouring windows differ."""
     random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     noise = random.integers(-20, 21, (height, width, 3))
     return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
 
@@ -55,7 +57,11 @@ CONVERSATIONS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "a clip at 1.5 fps": lambda: user(video(140, 112, 6, 1.5), text("What happens?")),
     "a clip at 0.9 fps": lambda: user(video(196, 120, 5, 0.9, 1), text("What happens?")),
     "pictures and clips": lambda: user(
-        image(120, 84, 6), video(112, 112, 4, 3.7, 2), text("Which came first?"), video(84, 140, 2, 2.0, 3), image(200, 200, 7)
+        image(120, 84, 6),
+        video(112, 112, 4, 3.7, 2),
+        text("Which came first?"),
+        video(84, 140, 2, 2.0, 3),
+        image(200, 200, 7),
     ),
     "several turns": lambda: [
         {"role": "system", "content": "Answer in one word."},
@@ -84,11 +90,17 @@ def test_vision_features_and_logits_equal(pair: tuple[LLM, Oracle, Shape]) -> No
             expected = oracle.features(prompt, llm.config)
             torch.testing.assert_close(features, expected, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
         model = llm.engine.runner.model
-        rows = [i for span, m in zip(prompt.spans, prompt.media, strict=True) for i in range(span.start, span.start + m.receipt.num_tokens)]
+        rows = [
+            i
+            for span, m in zip(prompt.spans, prompt.media, strict=True)
+            for i in range(span.start, span.start + m.receipt.num_tokens)
+        ]
         with torch.inference_mode():
             x = model.embed(torch.tensor(prompt.token_ids), torch.tensor(rows, dtype=torch.int64), features)
             logits = model.head(model(x, prompt.positions, WholeSequences(model.kernels, (len(prompt),))))
-        torch.testing.assert_close(logits, oracle.logits(prompt, llm.config), atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            logits, oracle.logits(prompt, llm.config), atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_greedy_tokens_equal_for_unequal_conversations_together(pair: tuple[LLM, Oracle, Shape]) -> None:
@@ -116,7 +128,9 @@ def test_the_checkpoints_generation_defaults_apply(tmp_path: Path) -> None:
     oracle = Oracle(build(tmp_path, shape))
     llm = LLM(tmp_path, dtype="float32", device="cpu", kv_cache_tokens=4096)
     conversation = CONVERSATIONS["one picture"]()
-    expected = oracle.greedy(llm.prepare(conversation), llm.config, 40, penalty=1.2, stop=llm.config.generation.eos_token_ids)
+    expected = oracle.greedy(
+        llm.prepare(conversation), llm.config, 40, penalty=1.2, stop=llm.config.generation.eos_token_ids
+    )
     assert llm.chat(conversation, SamplingParams(max_tokens=40))[0].outputs[0].token_ids == expected
 
 
@@ -156,7 +170,11 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(tmp_path: Path
     ours, theirs = [], []
     for name in ("text alone", "one picture", "three pictures", "pictures and clips"):
         prompt = llm.prepare(CONVERSATIONS[name]())
-        rows = [i for span, m in zip(prompt.spans, prompt.media, strict=True) for i in range(span.start, span.start + m.receipt.num_tokens)]
+        rows = [
+            i
+            for span, m in zip(prompt.spans, prompt.media, strict=True)
+            for i in range(span.start, span.start + m.receipt.num_tokens)
+        ]
         features = torch.cat(llm.engine.runner.embed_media(prompt.media)[0]) if rows else None
         with torch.inference_mode():
             x = model.embed(torch.tensor(prompt.token_ids), torch.tensor(rows, dtype=torch.int64), features)

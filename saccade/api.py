@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.base.errors import DeviceError, OptionError, SaccadeError
+from saccade.base.errors import DeviceError, OptionError, PromptError, SaccadeError
 from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
 from saccade.checkpoints.config import ModelConfig
@@ -74,7 +74,7 @@ class LLM:
     """A Qwen2.5-VL ready to answer.
 
     `model` is a checkpoint folder, a hub id, or "demo" for the small model that ships with Saccade. Keywords are the fields
-    of EngineOptions; `media` sets defaults for every picture and video, `limits` what is refused unread.
+    of EngineOptions; `media` sets defaults for every picture and video, `limits` what is refused unread. One thread at a time.
     Raises CheckpointError, DeviceError or OptionError before anything long begins.
     """
 
@@ -182,6 +182,10 @@ class LLM:
         A single conversation that cannot be prepared raises; among many it becomes an output whose finish_reason is "error",
         and no other suffers.
         """
+        if isinstance(messages, str | bytes | Mapping):
+            raise PromptError(
+                f'messages is {messages!r:.60}; give [{{"role": "user", "content": "Hello"}}], or a list of such lists'
+            )
         single = _is_conversation(messages)
         conversations: Sequence[Conversation] = [messages] if single else messages  # type: ignore[assignment,list-item]
         params = _one_each(sampling_params, len(conversations))

@@ -69,6 +69,7 @@ class Request:
         self.started: float | None = None
         self.first_token: float | None = None
         self._block_keys: list[bytes] = []
+        self._stop_from = 0  # a stop text counts from here on: after min_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +110,9 @@ class Request:
             self.finish("stop", stop_reason=token_id if token_id in self.params.stop_token_ids else None)
             return
         self.text += self.stream.push(token_id)
-        if self.params.stop and may_end:
+        if not may_end:
+            self._stop_from = len(self.text)
+        elif self.params.stop:
             self._end_at_stop_text()
         if not self.is_finished and num >= self.max_tokens:
             self.finish("length")
@@ -124,7 +127,7 @@ class Request:
             self.finish("repetition")
 
     def _end_at_stop_text(self) -> None:
-        found = [(at, text) for text in self.params.stop if (at := self.text.find(text)) >= 0]
+        found = [(at, text) for text in self.params.stop if (at := self.text.find(text, self._stop_from)) >= 0]
         if found:
             at, stop = min(found)
             self.finish("stop", stop_reason=stop)

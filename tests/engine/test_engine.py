@@ -131,6 +131,14 @@ def test_generation_ends_at_a_stop_text_and_leaves_it_out(open_tiny: Open) -> No
     assert answer.text == whole[: whole.index(stop)]
 
 
+def test_a_stop_text_before_min_tokens_does_not_count(open_tiny: Open) -> None:
+    llm = open_tiny()
+    whole = llm.chat(conversation(0), GREEDY)[0].outputs[0].text
+    params = dataclasses.replace(GREEDY, stop=(whole[0],), min_tokens=GREEDY.max_tokens - 1)
+    answer = llm.chat(conversation(0), params)[0].outputs[0]
+    assert len(answer.token_ids) >= GREEDY.max_tokens - 1
+
+
 def test_generation_ends_at_a_stop_token(open_tiny: Open) -> None:
     llm = open_tiny()
     ids = tokens(llm.chat(conversation(0), GREEDY))[0]
@@ -256,6 +264,42 @@ def test_asking_is_one_call(open_tiny: Open) -> None:
     assert output.timings.total_s > 0
     several = llm.ask("Compare.", images=[picture(60, 60, 1), Image.new("RGB", (90, 90))], sampling_params=GREEDY)
     assert [receipt.index for receipt in several.media] == [0, 1]
+
+
+def test_messages_that_are_no_conversation_are_refused(open_tiny: Open) -> None:
+    llm = open_tiny()
+    for wrong in ("Hello", {"role": "user", "content": "Hello"}):
+        with pytest.raises(PromptError, match="messages is"):
+            llm.chat(wrong)  # type: ignore[arg-type]
+    assert llm.chat([]) == []
+
+
+def test_random_cancelling_loses_nothing(open_tiny: Open) -> None:
+    """Requests come and go at random; the rest answer as alone, and every block comes back."""
+    import random
+
+    pick = random.Random(5)
+    llm = open_tiny(kv_cache_tokens=700, block_size=8, max_tokens_per_step=100)
+    alone = {seed: tokens(open_tiny().chat(conversation(seed), GREEDY))[0] for seed in range(10)}
+    alive: dict[int, Any] = {}
+    finished = 0
+    for seed in [seed % 10 for seed in range(40)]:
+        if seed not in alive:
+            alive[seed] = llm.engine.add(llm.prepare(conversation(seed)), GREEDY)[0]
+        for _ in range(pick.randrange(6)):
+            llm.engine.step()
+        if pick.random() < 0.3:
+            victim = pick.choice(list(alive))
+            llm.engine.cancel(alive.pop(victim))
+        for done in [seed for seed, request in alive.items() if request.is_finished]:
+            assert alive.pop(done).output_ids == alone[done]
+            finished += 1
+    for request in alive.values():
+        llm.engine.cancel(request)
+    assert finished > 5
+    pool = llm.engine.scheduler.pool
+    assert pool.num_free == pool.num_blocks
+    assert not llm.engine.has_work
 
 
 def test_an_unknown_option_names_the_nearest(tiny_checkpoint: Path) -> None:

@@ -234,3 +234,17 @@ def test_the_machine_is_measured() -> None:
 def test_options_of_a_random_model_need_one() -> None:
     with pytest.raises(OptionError, match="--random"):
         BenchOptions(layers=4)
+
+
+def test_transformers_answers_the_same_question_in_the_same_run(tiny_checkpoint: Path) -> None:
+    pytest.importorskip("transformers")
+    llm = LLM(tiny_checkpoint, device="cpu", kv_cache_tokens=512)
+    options = BenchOptions(warmup=0, repeat=2, against="transformers")
+    result = bench(llm, QUESTION, EIGHT_TOKENS, options, name=str(tiny_checkpoint), machine=limits())
+    assert result.against is not None
+    assert len(result.against.first_token_s) == len(result.against.decoded_token_s) == 2
+    ours = result.stage("vision").median_s + result.stage("prefill").median_s
+    theirs = sum(result.against.first_token_s) / 2
+    assert result.against.first_token_ratio == pytest.approx(theirs / ours)
+    assert "times as fast" in result.against.headline()
+    assert json.loads(json.dumps(result.as_json()))["against"]["library"].startswith("transformers")

@@ -29,7 +29,7 @@ FLOORS: list[dict[str, list[str]]] = [
     },
     {"outputs": []},
     {"api": [], "drawing": []},
-    {"demo": [], "bench": ["options", "work", "machine", "model", "measure"], "doctor": []},
+    {"demo": [], "bench": ["options", "work", "machine", "model", "against", "measure"], "doctor": []},
     {"cli": []},
 ]
 

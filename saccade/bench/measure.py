@@ -23,10 +23,12 @@ import torch
 from saccade.api import LLM, Conversation
 from saccade.base.errors import OptionError, SaccadeError
 from saccade.base.meter import peak_memory_bytes, progress
+from saccade.bench.against import Comparison, against_transformers, require_transformers
 from saccade.bench.machine import MachineLimits, measure_machine
 from saccade.bench.options import BenchOptions
 from saccade.bench.work import Storage, Work, decode_all_work, prefill_work, vision_work
 from saccade.checkpoints.config import ModelConfig
+from saccade.checkpoints.hub import resolve
 from saccade.engine.options import SamplingParams
 from saccade.inputs.prompt import MediaReceipt
 from saccade.outputs import RequestOutput
@@ -96,7 +98,7 @@ class BenchResult:
     load_average: float  # of the system before the first answer: other programs make every number worse
     command: str
     date: str  # UTC
-    against: dict[str, Any] | None = None
+    against: Comparison | None = None
 
     def stage(self, name: str) -> Stage:
         return self.stages[STAGES.index(name)]
@@ -105,8 +107,8 @@ class BenchResult:
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         named["stages"] = {stage.name: stage.as_json() for stage in self.stages}
         named["kernels"] = dict(self.kernels)
-        for name in ("config", "machine"):
-            named[name] = dataclasses.asdict(named[name])
+        for name in ("config", "machine", "against"):
+            named[name] = None if named[name] is None else dataclasses.asdict(named[name])
         named["media"] = [dataclasses.asdict(receipt) for receipt in self.media]
         return named
 
@@ -126,9 +128,10 @@ class BenchResult:
     def conditions(self) -> str:
         """Where and how it was measured, in two lines."""
         machine = self.machine
+        threads = f"{machine.num_threads} thread" + ("" if machine.num_threads == 1 else "s")
         place = machine.processor if machine.device == "cpu" else machine.device
         return (
-            f"{place}, {machine.num_threads} threads, {machine.dtype}, torch {machine.versions['torch']}; "
+            f"{place}, {threads}, {machine.dtype}, torch {machine.versions['torch']}; "
             f"load average {self.load_average:.1f}; {len(self.stages[0].seconds)} repeats after {self.warmup}\n"
             f"limits measured here: {machine.bytes_per_s / 1e9:.1f} GB/s ({machine.bandwidth_method}), "
             f"{machine.operations_per_s / 1e12:.3g} TFLOP/s ({machine.matrix_size} x {machine.matrix_size} matrices)"
@@ -163,7 +166,7 @@ class BenchResult:
         console.print(self.table())
         console.print(self.conditions(), markup=False)
         if self.against is not None:
-            console.print(self.against["headline"], markup=False)
+            console.print(self.against.headline(), markup=False)
 
 
 def bench(
@@ -177,9 +180,12 @@ def bench(
 ) -> BenchResult:
     """Answers one conversation warmup + repeat times, each from the start: no cache serves a later one.
 
+    `name` is what the result calls the model, and where --against finds the checkpoint.
     `params` should fix the length (min_tokens = max_tokens). `machine` is measured after the answers unless given.
     Raises OptionError when the answers have fewer than two tokens or differ in length, SaccadeError when one fails.
     """
+    if options.against is not None:
+        require_transformers()
     model = llm.engine.runner.model
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if model.device.type == "cuda":
@@ -200,7 +206,7 @@ def bench(
     storage = Storage(item if scheme.is_dense else scheme.weight_bits / 8, item)
     seconds = [_stage_seconds(answer, total, tokens_out) for answer, total in runs]
     works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, storage)
-    return BenchResult(
+    result = BenchResult(
         model=name or options.random or "",
         config=llm.config,
         quantization=llm.options.quantization,
@@ -217,6 +223,15 @@ def bench(
         command=shlex.join(sys.argv),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+    if options.against is not None:
+        folder = resolve(name, source=llm.options.source, revision=llm.options.revision)
+        first_token_s = result.stage("vision").median_s + result.stage("prefill").median_s
+        token_s = result.stage("decoded token").median_s
+        comparison = against_transformers(
+            llm, folder, llm.prepare(messages), tokens_out, options.warmup, options.repeat, first_token_s, token_s
+        )
+        result = dataclasses.replace(result, against=comparison)
+    return result
 
 
 def _answer(llm: LLM, messages: Conversation, params: SamplingParams) -> tuple[RequestOutput, float]:

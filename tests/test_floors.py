@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "saccade"
 # rooms on one floor are blind to each other unless they are files of one folder.
 FLOORS: list[dict[str, list[str]]] = [
     {"base": ["errors", "options", "meter"]},
-    {"schemes": ["scheme", "affine"]},
+    {"schemes": ["scheme", "packing", "affine"]},
     {
         "kernels": ["record", "reference", "choose"],
         "checkpoints": ["json_file", "config", "shards", "formats", "hub", "presets", "noise", "stand_in", "describe"],

@@ -56,7 +56,13 @@ class PagedLayout:
 
 class Linear(Protocol):
     def __call__(self, x: Tensor, weight: Weight) -> Tensor:
-        """x: [T, H]. Returns x W^T + bias, [T, O] in x.dtype."""
+        """x: [T, H]. Returns x W^T + bias, [T, O] in x.dtype.
+
+        Where the scheme quantizes activations, the product is exact in whole numbers; all else is float32, round is half to even:
+        static: x_q = clamp(round(x / s + z), -128, 127); y = (x_q q^T + quant_bias) * deq_scale, without the bias.
+        dynamic: s_t = max |x[t]| / 127 (tiny if 0), x_q = round(x / s_t); y = (x_q q^T * s_t) * scale + bias.
+        q: the weight's whole numbers, its group scales multiplied in.
+        """
 
 
 class RmsNorm(Protocol):

@@ -1,25 +1,118 @@
-"""Every op in plain torch: the definition the other back ends are held to. Differentiable but for the paged cache."""
+"""Every op in plain torch: the definition the other back ends are held to.
+
+Differentiable but for the paged cache and for linears with quantized activations.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments
-from saccade.schemes.scheme import Weight
+from saccade.schemes.affine import integer_values, quantize_rows_int8
+from saccade.schemes.scheme import Static, Weight
 
 FEW_ROWS = 32  # up to here a linear layer is bound by reading its weights, not by arithmetic
 QUERY_TILE = 512  # queries whose mask over the context is held at once
+INPUT_TILE = 1024  # rows of x, and
+OUTPUT_TILE = 8192  # rows of the weight whose integer product is held at once: 32 MiB, and as much again in float32
+EXACT_COLUMNS = 1024  # products of two int8 are at most 2^14; up to 2^24, float32 holds every whole number
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
+    if weight.scheme.activation != "none":
+        return _integer_linear(x, weight)
     if weight.scale is None:
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 <= len(x) <= FEW_ROWS:
             return _few_rows(x, weight.values, weight.bias)
         return F.linear(x, weight.values, weight.bias)
     y = F.linear(x, weight.values.to(x.dtype)) * weight.scale.to(x.dtype)
     return y if weight.bias is None else y + weight.bias
+
+
+def _integer_linear(x: Tensor, weight: Weight) -> Tensor:
+    """The product in whole numbers; only the scales are floating point, and those float32 (see Linear in the record)."""
+    assert weight.scale is not None, f"{weight.scheme.name} weights have scales"
+    out = x.new_empty(len(x), weight.out_features)
+    for row in range(0, len(x), INPUT_TILE):
+        rows = slice(row, row + INPUT_TILE)
+        if weight.static is not None:
+            x_q, x_scale = quantize_static(x[rows], weight.static), None
+        else:
+            x_q, x_scale = quantize_rows(x[rows])
+        for first in range(0, weight.out_features, OUTPUT_TILE):
+            outputs = slice(first, first + OUTPUT_TILE)
+            total = int_matmul(x_q, integer_values(weight, outputs))
+            if weight.static is not None:
+                y = (total + weight.static.quant_bias[outputs]).float() * weight.static.deq_scale[outputs]
+            else:
+                assert x_scale is not None, "dynamic activations have a scale for each row"
+                y = total.float() * x_scale[:, None] * weight.scale[outputs]
+                if weight.bias is not None:
+                    y += weight.bias[outputs].float()
+            out[rows, outputs] = y.to(x.dtype)
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic activations: each row by its own largest magnitude. x: [T, H]. Returns ([T, H] int8, scale [T] float32).
+
+    A row with a NaN or an infinity has a scale of that kind, so it comes out as NaN.
+    """
+    return quantize_rows_int8(x)
+
+
+def quantize_static(x: Tensor, static: Static) -> Tensor:
+    """Static activations: clamp(round(x / scale + zero), -128, 127) in float32, half to even. x: [T, H]. Returns int8."""
+    return (x.float() / static.scale).add_(static.zero).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a: [T, H] int8; b: [O, H] int8. Returns a b^T, [T, O] int32, exact: |sum| <= 2^14 H stays within int32 to H = 2^17 - 1."""
+    if len(a) == 0:
+        return torch.zeros(0, len(b), dtype=torch.int32, device=a.device)
+    if a.device.type == "cuda":
+        return _int_matmul_cuda(a, b)
+    if _int_mm_is_exact():
+        return torch._int_mm(a, b.t())
+    out = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
+    for first in range(0, a.shape[1], EXACT_COLUMNS):
+        # Every partial sum, in whatever order, is a whole number of at most 1024 * 2^14 = 2^24: float32 rounds none of them.
+        columns = slice(first, first + EXACT_COLUMNS)
+        out += (a[:, columns].float() @ b[:, columns].float().t()).to(torch.int32)
+    return out
+
+
+def _int_matmul_cuda(a: Tensor, b: Tensor) -> Tensor:
+    """cuBLAS takes more than 16 rows, and columns and outputs in eights; zeros that fill them up change no sum."""
+    missing = (-a.shape[1] % 8, -len(b) % 8, max(0, 17 - len(a)))
+    columns, outputs, rows = missing
+    if rows or columns:
+        a = F.pad(a, (0, columns, 0, rows))
+    if outputs or columns:
+        b = F.pad(b, (0, columns, 0, outputs))
+    return torch._int_mm(a, b.t())[: len(a) - rows, : len(b) - outputs]
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch's int8 product is exact on this processor.
+
+    Without VNNI, libraries add pairs of products in 16 bits that saturate; the extremes would show it, at any number of rows.
+    """
+    extremes = torch.tensor([-128, 127], dtype=torch.int8)
+    b = extremes.repeat(32)[:, None].repeat(1, 512)
+    for rows in (1, 16, 64):
+        a = extremes.flip(0).repeat(32)[:rows, None].repeat(1, 512)
+        try:
+            if not torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t()):
+                return False
+        except RuntimeError:  # not for this processor at all
+            return False
+    return True
 
 
 def _few_rows(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,10 +27,11 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Prompt
 from saccade.kernels.choose import choose, choose_device
-from saccade.model.layers import Filling, TensorSource
+from saccade.model.layers import Filling, TensorSource, require_divisible
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
-from saccade.schemes.scheme import DENSE, Scheme, scheme_of
+from saccade.schemes.affine import loading_scheme
+from saccade.schemes.scheme import DENSE, Scheme
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -126,17 +127,19 @@ class LLM:
         device, dtype = choose_device(options.device), torch_dtype(options.dtype, config)
         if options.threads is not None or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(options.threads or usable_cpus())
+        scheme = loading_scheme(options.quantization)
         model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
+        require_divisible(model, scheme)
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        weights = weight_bytes(config, dtype, scheme_of(options.quantization))
+        weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, scheme)
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
-                "use --quantization w8a16, a smaller model, or a larger machine"
+                "use --quantization w8a8-dynamic, a smaller model, or a larger machine"
             )
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
-        filling = Filling(source, dtype, device, scheme_of(options.quantization))
+        filling = Filling(source, dtype, device, scheme)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance:
             for _ in model.load(filling):
                 advance(1)
@@ -281,15 +284,17 @@ def plan(
     """What a conversation would take: opens the checkpoint's headers and the media, loads no weight, runs nothing."""
     chosen = from_mapping(EngineOptions, options)
     folder: Path = resolve(model, source=chosen.source, revision=chosen.revision)
-    config = open_checkpoint(folder).config
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
     prompt = ChatTokenizer(folder, config).build(
         messages, defaults=media or MediaOptions(), limits=limits or MediaLimits()
     )
     max_tokens = (sampling_params or SamplingParams()).max_tokens
-    return plan_for(config, prompt, max_tokens, chosen)
+    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), loading_scheme(chosen.quantization))
+    return plan_for(config, prompt, max_tokens, chosen, weights)
 
 
-def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions) -> Plan:
+def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions, weights: int) -> Plan:
     dtype = torch_dtype(options.dtype, config)
     num_patches = sum(medium.receipt.grid.num_patches for medium in prompt.media)
     num_media_tokens = sum(medium.receipt.num_tokens for medium in prompt.media)
@@ -303,7 +308,7 @@ def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: Engi
     return Plan(
         prompt=prompt,
         max_tokens=max_tokens,
-        weight_bytes=weight_bytes(config, dtype, scheme_of(options.quantization)),
+        weight_bytes=weights,
         kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype),
         media_bytes=frames + rows + features,
         activation_bytes=activations,
@@ -318,8 +323,19 @@ def torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return DTYPES[full]
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme = DENSE) -> int:
-    """Bytes of all weights in memory."""
+def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Scheme = DENSE) -> int:
+    """Bytes of all weights in memory; `scheme` is what linears that come dense are quantized to while loading.
+
+    Raises OptionError when there is such a scheme and the checkpoint is quantized already.
+    """
+    if isinstance(model, Checkpoint) and model.quantization is not None:
+        if not scheme.is_dense:
+            raise OptionError(
+                f"quantization {scheme.name!r} is for checkpoints that are not quantized, and {model.folder} is: "
+                f"{model.quantization}; leave the option out"
+            )
+        return model.weight_bytes(dtype)
+    config = model.config if isinstance(model, Checkpoint) else model
     vision, text = config.vision, config.text
     block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     merged = vision.hidden_size * vision.merge_unit
@@ -329,7 +345,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme = DENSE
     tables = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     rest = tables + vision.patch_values * vision.hidden_size
     return (
-        int(linears * scheme.weight_bits / 8 if not scheme.is_dense else linears * dtype.itemsize)
+        int(linears * scheme.bytes_per_weight if not scheme.is_dense else linears * dtype.itemsize)
         + rest * dtype.itemsize
     )
 

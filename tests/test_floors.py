@@ -16,7 +16,18 @@ FLOORS: list[dict[str, list[str]]] = [
     {"schemes": ["scheme", "packing", "affine"]},
     {
         "kernels": ["record", "reference", "choose"],
-        "checkpoints": ["json_file", "config", "shards", "formats", "hub", "presets", "noise", "stand_in", "describe"],
+        "checkpoints": [
+            "json_file",
+            "config",
+            "shards",
+            "ascend",
+            "formats",
+            "hub",
+            "presets",
+            "noise",
+            "stand_in",
+            "describe",
+        ],
     },
     {"geometry": []},
     {

@@ -17,15 +17,14 @@ from saccade.checkpoints.config import ARCHITECTURE, ModelConfig, read_config
 from saccade.checkpoints.formats import (
     EMBEDDING,
     HEAD,
-    Checkpoint,
-    canonical_names,
     expected_tensors,
     find_problems,
     find_strangers,
-    quantization_name,
+    foreign_quantization,
+    open_unverified,
     require_tokenizer,
 )
-from saccade.checkpoints.shards import Shards, TensorInfo
+from saccade.checkpoints.shards import TensorInfo
 
 _CACHE_TOKENS = 8192  # the context the memory estimate allows for
 
@@ -112,20 +111,16 @@ class Description:
 def describe(folder: Path) -> Description:
     """Describes a checkpoint, whole or damaged. Raises CheckpointError only when its config.json cannot be used."""
     config = read_config(folder)
-    quantization = quantization_name(folder, config)
+    quantization: str | None = None
     problems: list[str] = []
     notes: list[str] = []
     checkpoint = None
     try:
-        shards = Shards(folder)
-        layout, file_names = canonical_names(shards)
-        checkpoint = Checkpoint(folder, config, shards, layout, file_names)
-        if quantization is not None:
-            problems.append(f"quantized ({quantization}), which this version does not read yet")
-        else:
-            problems += find_problems(checkpoint)
-            if strangers := find_strangers(checkpoint):
-                notes.append(f"{len(strangers)} tensors are not part of the model and ignored, {strangers[0]} for one")
+        checkpoint = open_unverified(folder)
+        quantization = checkpoint.quantization
+        problems += find_problems(checkpoint)
+        if strangers := find_strangers(checkpoint):
+            notes.append(f"{len(strangers)} tensors are not part of the model and ignored, {strangers[0]} for one")
     except CheckpointError as error:
         problems.append(str(error))
     try:
@@ -145,7 +140,7 @@ def describe(folder: Path) -> Description:
         num_tensors=len(infos),
         num_shards=0 if checkpoint is None else len(checkpoint.shards.files),
         layout="unread" if checkpoint is None else checkpoint.layout,
-        quantization=quantization,
+        quantization=quantization or foreign_quantization(config),
         problems=tuple(problems),
         notes=tuple(notes),
     )

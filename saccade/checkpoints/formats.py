@@ -1,12 +1,15 @@
 """A checkpoint folder as one thing: its config, its tensors under canonical names, and whether the two agree.
 
-Knows the layouts tensors are named in and which tensors a Qwen2.5-VL has (spec, section 3); behind this door only the
-published ("hub") names exist. Knows nothing of how weights are used.
+Knows the layouts tensors are named in, which tensors a Qwen2.5-VL has (spec, section 3) and which formats its linears may
+be quantized in; behind this door only the published ("hub") names and `Weight` exist. Knows nothing of how weights are used.
+
+The formats: plain tensors, and those of Ascend's tools in both dialects (`ascend.py`), told by their description file.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -16,9 +19,11 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
+from saccade.checkpoints import ascend
 from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
 from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.shards import Shards, TensorInfo
+from saccade.schemes.scheme import DENSE, Scheme, Weight
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -44,6 +49,7 @@ class Checkpoint:
     shards: Shards
     layout: str  # "hub", "nested" or "wrapped"
     file_names: Mapping[str, str]  # canonical name -> name in the file
+    description: ascend.Description | None = None  # of a quantized checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self.file_names
@@ -60,6 +66,38 @@ class Checkpoint:
     def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
         """See `Shards.read_into`."""
         self.shards.read_into(self._in_file(name), out, rows, columns)
+
+    def scheme(self, module: str) -> Scheme:
+        """How the weight of `module` is stored."""
+        return DENSE if self.description is None else ascend.scheme_of_module(self, self.description, module)
+
+    def weight(self, module: str) -> Weight | None:
+        """The quantized weight of a linear, its bias in the file's type; None if it is stored dense."""
+        if self.description is None or self.scheme(module).is_dense:
+            return None
+        return ascend.read(self, self.description, module)
+
+    @property
+    def quantization(self) -> str | None:
+        """How the checkpoint is quantized, in a few words; None when it is not."""
+        if self.description is None:
+            return None
+        names = [name for name, shape in expected_tensors(self.config).items() if len(shape) == 2 and name != EMBEDDING]
+        count = sum(self.description.tag(name.removesuffix(".weight")) != ascend.FLOAT for name in names)
+        dialect = {"vllm": "vLLM Ascend", "mindie": "MindIE"}[self.description.dialect]
+        return (
+            f"{printable(self.description.kind)}, {count} of {len(names)} linear layers "
+            f"({dialect} format, {self.description.file.name})"
+        )
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights in memory, what is not quantized as `dtype`."""
+        total = 0
+        for name, shape in expected_tensors(self.config).items():
+            scheme = self.scheme(name.removesuffix(".weight")) if name.endswith(".weight") else DENSE
+            size = math.prod(shape)
+            total += size * dtype.itemsize if scheme.is_dense else int(size * scheme.bytes_per_weight) + 4 * shape[0]
+        return total
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Reads these tensors (all by default). Raises CheckpointError for the first that holds NaN or an infinity."""
@@ -86,23 +124,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def open_unverified(folder: Path) -> Checkpoint:
     """As `open_checkpoint`, without comparing the tensors with the config."""
     config = read_config(folder)
-    if (scheme := quantization_name(folder, config)) is not None:
+    description = ascend.read_description(folder, lambda name: _canonical(name)[0])
+    if description is None and (method := foreign_quantization(config)) is not None:
         raise CheckpointError(
-            f"{folder} is quantized ({scheme}), which this version of Saccade does not read yet; "
-            "use the bf16 checkpoint it was made from"
+            f"{folder} is quantized ({method}), which Saccade does not read; use the bf16 checkpoint it was made from"
         )
     shards = Shards(folder)
     layout, file_names = canonical_names(shards)
-    return Checkpoint(folder, config, shards, layout, file_names)
+    return Checkpoint(folder, config, shards, layout, file_names, description)
 
 
-def quantization_name(folder: Path, config: ModelConfig) -> str | None:
-    """How a checkpoint is quantized, in a few words; None when it is not."""
-    if config.quantization is not None:
-        method = config.quantization.get("quant_method", config.quantization.get("format"))
-        return f"{method if isinstance(method, str) else 'unnamed method'}, quantization_config of config.json"
-    descriptions = sorted(folder.glob("quant_model_description*.json"))
-    return f"Ascend format, {descriptions[0].name}" if descriptions else None
+def foreign_quantization(config: ModelConfig) -> str | None:
+    """How config.json says the checkpoint is quantized, None if it does not: only a description file makes it ours to read."""
+    if config.quantization is None:
+        return None
+    method = config.quantization.get("quant_method", config.quantization.get("format"))
+    return f"{method if isinstance(method, str) else 'unnamed method'}, quantization_config of config.json"
 
 
 def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:
@@ -110,11 +147,8 @@ def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:
     layout = "hub"
     file_names: dict[str, str] = {}
     for name in shards.names():
-        canonical = name
-        for prefix, replacement, its_layout in _LAYOUTS:
-            if name.startswith(prefix):
-                canonical, layout = replacement + name.removeprefix(prefix), its_layout
-                break
+        canonical, its_layout = _canonical(name)
+        layout = its_layout or layout
         if (other := file_names.get(canonical)) is not None:
             files = f"{shards.info(other).file} and {shards.info(name).file}"
             raise CheckpointError(
@@ -122,6 +156,14 @@ def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:
             )
         file_names[canonical] = name
     return layout, file_names
+
+
+def _canonical(name: str) -> tuple[str, str | None]:
+    """The canonical name, and the layout that gave it another one."""
+    for prefix, replacement, layout in _LAYOUTS:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix), layout
+    return name, None
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -133,11 +175,17 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def find_problems(checkpoint: Checkpoint) -> list[str]:
-    """What keeps the checkpoint from being loaded, a line each, from headers alone."""
+    """What keeps the checkpoint from being loaded, a line each: from headers alone, and what a quantized one adds to norms."""
     expected = expected_tensors(checkpoint.config)
+    description = checkpoint.description
+    quantized: list[str] = []
     strangers = [name for name in checkpoint.file_names if name not in expected]
     missing, misshaped = [], []
     for name, shape in expected.items():
+        module = name.removesuffix(".weight")
+        if description is not None and name.endswith(".weight") and description.tag(module) != ascend.FLOAT:
+            quantized += ascend.find_problems(checkpoint, description, module, shape)
+            continue
         if name not in checkpoint:
             missing.append(name)
             continue
@@ -149,7 +197,8 @@ def find_problems(checkpoint: Checkpoint) -> list[str]:
             )
         elif info.dtype not in PLAIN_DTYPES:
             kind = str(info.dtype).removeprefix("torch.")
-            misshaped.append(f"{info.name} in {info.file} is {kind}; bfloat16, float16 or float32 is expected")
+            hint = f" of a layer that {description.file.name} does not list as quantized" if description else ""
+            misshaped.append(f"{info.name} in {info.file} is {kind}; bfloat16, float16 or float32 is expected{hint}")
     files = [path.name for path in checkpoint.shards.files]
     where = checkpoint.folder / files[0] if len(files) == 1 else f"the {len(files)} shards of {checkpoint.folder}"
     absent = [
@@ -160,13 +209,24 @@ def find_problems(checkpoint: Checkpoint) -> list[str]:
         absent = [
             f"{HEAD} is missing from {where}; if the head is the embedding, set tie_word_embeddings to true in config.json"
         ]
-    return absent + misshaped
+    norms = ascend.find_norm_problems(checkpoint, _norms(expected)) if description is not None else []
+    return absent + misshaped + quantized + norms
 
 
 def find_strangers(checkpoint: Checkpoint) -> list[str]:
     """Canonical names of tensors the model does not have, harmless; a tied model's head, a copy of its embedding, is none."""
     expected = expected_tensors(checkpoint.config)
-    return [name for name in checkpoint.file_names if name not in expected and name != HEAD]
+    strangers = [name for name in checkpoint.file_names if name not in expected and name != HEAD]
+    if checkpoint.description is not None:  # what belongs to a layer the model has: scales, and what norms carry
+        modules = {name.removesuffix(".weight") for name in expected}
+        strangers = [name for name in strangers if name.rpartition(".")[0].removesuffix(".module") not in modules]
+    return strangers
+
+
+def _norms(expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    return [
+        name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 1 and name.endswith(".weight")
+    ]
 
 
 def require_tokenizer(folder: Path) -> None:

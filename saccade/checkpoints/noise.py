@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saccade.schemes.scheme import Weight
+
 WEIGHT_STD = 0.02  # the published initializer_range: keeps activations of any depth finite
 NUM_VALUES = 33_554_393  # 64 MiB of bfloat16; a prime, so that a long tensor repeats the values but never the rows
 
@@ -35,6 +37,10 @@ class RandomWeights:
         for piece in self.pieces(name, out.shape):
             flat[start : start + len(piece)].copy_(piece)
             start += len(piece)
+
+    def weight(self, module: str) -> Weight | None:
+        """None of them is quantized."""
+        return None
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """The values of the tensor called `name`, flat, bfloat16, in pieces: for a writer that never holds it whole."""

@@ -77,7 +77,9 @@ class EngineOptions:
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
-    quantization: str | None = option(None, "quantize the linear layers while loading: w8a16 (weight-only int8)")
+    quantization: str | None = option(
+        None, "quantize the linear layers while loading: w8a16, w8a8-dynamic or w4a8-g32 to -g256"
+    )
     source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     threads: int | None = option(

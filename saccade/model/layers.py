@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from saccade.base.errors import CheckpointError, OptionError
 from saccade.kernels.record import Kernels
 from saccade.schemes.affine import quantize_weight
-from saccade.schemes.scheme import DENSE, Scheme, Weight
+from saccade.schemes.scheme import DENSE, GROUP_SIZES, Scheme, Weight, stack
 
 
 class TensorSource(Protocol):
@@ -23,10 +24,13 @@ class TensorSource(Protocol):
     def read_into(self, name: str, out: Tensor) -> None:
         """Fills `out` (CPU, any floating type) with the tensor called `name`; `out` has its shape."""
 
+    def weight(self, module: str) -> Weight | None:
+        """The weight of the linear called `module` if the source holds it quantized, its bias included; else None."""
+
 
 @dataclass(frozen=True)
 class Filling:
-    """How layers are filled: from where, in which type, onto which device, and how the linears are stored."""
+    """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense."""
 
     source: TensorSource
     dtype: torch.dtype
@@ -70,14 +74,31 @@ class Linear(nn.Module):
         self.row = row or (in_features,)
 
     def fill(self, filling: Filling) -> None:
+        self.weight = self._stored(filling) or self._dense(filling)
+        if self.weight.scheme.is_dense and self.is_quantizable and not filling.scheme.is_dense:
+            self.weight = quantize_weight(self.weight, filling.scheme)
+
+    def _stored(self, filling: Filling) -> Weight | None:
+        """The weight as the source holds it quantized, None if it does not. Parts are joined, one linear twice in memory."""
+        found = {name: filling.source.weight(name) for name in self.parts}
+        stored = {name: weight for name, weight in found.items() if weight is not None}
+        if not stored:
+            return None
+        if dense := [name for name in self.parts if name not in stored]:
+            name, weight = next(iter(stored.items()))
+            raise CheckpointError(
+                f"{dense[0]} is dense and {name} is {weight.scheme.name}; both multiply the same input and run as one "
+                "product, so they must be quantized alike"
+            )
+        return stack(stored).to(filling.device, filling.dtype)
+
+    def _dense(self, filling: Filling) -> Weight:
         weights = {f"{name}.weight": rows for name, rows in self.parts.items()}
         biases = {f"{name}.bias": rows for name, rows in self.parts.items()}
-        self.weight = Weight(
+        return Weight(
             filling.tensor(*self.row, parts=weights).flatten(1),
             bias=filling.tensor(parts=biases) if self.has_bias else None,
         )
-        if self.is_quantizable and not filling.scheme.is_dense:
-            self.weight = quantize_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self.weight)
@@ -144,6 +165,20 @@ def fill(module: nn.Module, filling: Filling) -> None:
     for layer in module.modules():
         if isinstance(layer, Filled):
             layer.fill(filling)
+
+
+def require_divisible(module: nn.Module, scheme: Scheme) -> None:
+    """Raises OptionError naming the first layer below `module` whose columns the scheme's groups do not divide."""
+    if scheme.group_size is None:
+        return
+    for layer in module.modules():
+        if isinstance(layer, Linear) and layer.is_quantizable and layer.in_features % scheme.group_size:
+            fitting = [size for size in GROUP_SIZES if layer.in_features % size == 0]
+            smaller = f"groups of {max(fitting)} fit this layer; or " if fitting else ""
+            raise OptionError(
+                f"group size {scheme.group_size} of {scheme.name} does not divide the {layer.in_features} columns of "
+                f"{next(iter(layer.parts))}; {smaller}use w8a8-dynamic or w8a16, which have no groups"
+            )
 
 
 def size_bytes(module: nn.Module) -> int:

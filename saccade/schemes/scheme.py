@@ -158,7 +158,7 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
         if weight.scheme != first.scheme:
             raise _unlike(first_name, name, f"is {first.scheme.name}", f"is {weight.scheme.name}")
         if (weight.bias is None) != (first.bias is None):
-            has = ("has no bias", "has one")
+            has = ("has no bias", "has a bias")
             raise _unlike(first_name, name, has[first.bias is not None], has[weight.bias is not None])
         if first.static is not None and weight.static is not None:
             for what in ("scale", "zero"):

@@ -111,7 +111,9 @@ def test_dynamic_activations(
     if device.type == "cpu":
         assert torch.equal(got, expected.to(dtype))
     else:  # a device may fuse the last product and sum
-        torch.testing.assert_close(got.cpu(), expected.to(dtype), rtol=2e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+        torch.testing.assert_close(
+            got.cpu(), expected.to(dtype), rtol=2e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
+        )
 
 
 def test_four_bits_are_multiplied_group_by_group() -> None:
@@ -150,7 +152,9 @@ def test_a_quantized_linear_is_near_its_dequantized_self(kernels: Kernels, devic
     x = torch.randn(40, 512)
     near = x @ dequantize(weight).T + weight.bias
     got = kernels.linear(x.to(device), weight.to(device, torch.float32)).cpu()
-    assert (got - near).norm() <= 0.012 * near.norm()  # int8 activations of normal rows: a step of max/127, uniform error
+    assert (
+        got - near
+    ).norm() <= 0.012 * near.norm()  # int8 activations of normal rows: a step of max/127, uniform error
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -1,0 +1,140 @@
+"""Packing, rounding and stacking of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.base.errors import CheckpointError, OptionError
+from saccade.schemes.affine import dequantize, integer_values, loading_scheme, quantize_groups_int4, quantize_weight
+from saccade.schemes.packing import pack, pack_row_pairs, unpack, unpack_row_pairs
+from saccade.schemes.scheme import SCHEMES, W4A8, W8A8, W8A8_DYNAMIC, W8A16, Static, Weight, scheme_of, stack
+
+
+def nibbles(rows: int, columns: int) -> Tensor:
+    """Every value from -8 to 7 somewhere."""
+    return (
+        ((torch.arange(rows * columns) * 7 + torch.arange(rows * columns) // 16) % 16 - 8)
+        .to(torch.int8)
+        .view(rows, columns)
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 32), (1, 32), (3, 96), (4, 64)])
+def test_packing_and_back_is_the_same(rows: int, columns: int) -> None:
+    values = nibbles(rows, columns)
+    assert pack(values).shape == (rows, columns // 2)
+    assert torch.equal(unpack(pack(values)), values)
+
+
+def test_a_packed_byte_holds_columns_sixteen_apart() -> None:
+    values = nibbles(2, 64)
+    packed = pack(values).int()
+    for row in range(2):
+        for column in range(64):
+            byte = int(packed[row, column // 32 * 16 + column % 16])
+            nibble = byte >> 4 if column % 32 >= 16 else byte & 15
+            assert nibble == int(values[row, column]) & 15
+
+
+@pytest.mark.parametrize("rows", [0, 2, 6])
+def test_row_pairs_share_bytes_the_even_row_low(rows: int) -> None:
+    values = nibbles(rows, 5)
+    packed = pack_row_pairs(values)
+    assert torch.equal(unpack_row_pairs(packed), values)
+    expected = (values[1::2].int() & 15) * 16 + (values[0::2].int() & 15)
+    assert torch.equal(packed.int() & 255, expected)
+
+
+def test_packed_rows_are_stacked_and_split_like_any_rows() -> None:
+    values = nibbles(5, 64)
+    assert torch.equal(torch.cat([pack(values[:2]), pack(values[2:])]), pack(values))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in ("dense", "w8a8")])
+def test_rounding_to_nearest_is_within_half_a_step(name: str) -> None:
+    scheme = SCHEMES[name]
+    w = torch.randn(16, 512) * torch.logspace(-3, 2, 16)[:, None]
+    w[3] = 0
+    weight = quantize_weight(Weight(w), scheme)
+    assert weight.scale is not None
+    step = weight.scale[:, None, None].expand(16, 512 // (scheme.group_size or 512), 1)
+    if weight.group_scale is not None:
+        step = step * (weight.group_scale[:, :, None] + 1)  # the two roundings
+    error = (dequantize(weight) - w).view(*step.shape[:2], -1).abs()
+    assert (error <= step * 0.501).all()
+    assert (dequantize(weight)[3] == 0).all()
+
+
+def test_four_bit_values_times_their_group_scale_fit_int8() -> None:
+    values, _, group_scale = quantize_groups_int4(torch.randn(64, 256) ** 3, 32)
+    assert values.abs().max() <= 7
+    assert group_scale.min() >= 1
+    assert group_scale.max() <= 17
+    weight = quantize_weight(Weight(torch.randn(64, 256) ** 3), W4A8[32])
+    assert integer_values(weight).abs().max() <= 119
+
+
+def test_bytes_are_those_of_all_tensors() -> None:
+    weight = Weight(torch.zeros(8, 256, dtype=torch.bfloat16), bias=torch.zeros(8, dtype=torch.bfloat16))
+    assert weight.size_bytes == 8 * 256 * 2 + 16
+    assert quantize_weight(weight).size_bytes == 8 * 256 + 8 * 4 + 16
+    assert quantize_weight(weight, W4A8[64]).size_bytes == 8 * 128 + 8 * 4 + 8 * 4 + 16
+    assert W4A8[64].bytes_per_weight == 0.5 + 1 / 64
+
+
+def test_parts_are_stacked_by_rows() -> None:
+    parts = {name: Weight(torch.randn(rows, 64), bias=torch.randn(rows)) for name, rows in (("q", 6), ("k", 3))}
+    for scheme in (W8A16, W8A8_DYNAMIC, W4A8[32]):
+        both = stack({name: quantize_weight(part, scheme) for name, part in parts.items()})
+        whole = quantize_weight(Weight(torch.cat([part.values for part in parts.values()])), scheme)
+        assert torch.equal(dequantize(both), dequantize(whole))
+        assert torch.equal(both.bias, torch.cat([part.bias for part in parts.values()]))  # type: ignore[misc, arg-type]
+
+
+def static_weight(scale: float, zero: float = -3.0, bias: bool = True) -> Weight:
+    static = Static(torch.tensor([scale]), torch.tensor([zero]), torch.ones(4, dtype=torch.int32), torch.ones(4))
+    return Weight(
+        torch.ones(4, 8, dtype=torch.int8), torch.ones(4), torch.ones(4) if bias else None, W8A8, static=static
+    )
+
+
+def test_static_parts_are_stacked_when_they_see_the_input_alike() -> None:
+    both = stack({"q": static_weight(0.5), "k": static_weight(0.5)})
+    assert both.static is not None
+    assert (len(both.static.quant_bias), len(both.static.deq_scale), len(both.static.scale)) == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (static_weight(0.25), r"q has the input scale 0\.5 and k 0\.25"),
+        (static_weight(0.5, zero=4.0), "q has the input zero -3 and k 4"),
+        (static_weight(0.5, bias=False), "q has a bias and k has no bias"),
+        (Weight(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), torch.ones(4), W8A16), "q is w8a8 and k is w8a16"),
+    ],
+)
+def test_parts_that_differ_are_refused_by_name(other: Weight, words: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{words}; .*so they must be quantized alike"):
+        stack({"q": static_weight(0.5), "k": other})
+
+
+def test_a_weight_moves_whole() -> None:
+    weight = static_weight(0.5).to(torch.device("cpu"), torch.bfloat16)
+    assert weight.bias is not None
+    assert (weight.bias.dtype, weight.values.dtype) == (torch.bfloat16, torch.int8)
+    assert [tensor.shape for tensor in weight.tensors()] == [tensor.shape for tensor in static_weight(0.5).tensors()]
+    with pytest.raises(AssertionError, match="scales of dense"):
+        replace(weight, scheme=SCHEMES["dense"])
+
+
+def test_names_are_looked_up_and_static_is_not_made_while_loading() -> None:
+    assert scheme_of("weight_only_int8") is W8A16
+    assert loading_scheme(None).is_dense
+    with pytest.raises(OptionError, match=r"'w3a3' is unknown; choose one of dense, w8a16, w8a8, "):
+        scheme_of("w3a3")
+    with pytest.raises(OptionError, match=r"'w8a8' needs activations measured on pictures.*use w8a8-dynamic"):
+        loading_scheme("w8a8")

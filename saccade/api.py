@@ -30,6 +30,9 @@ from saccade.kernels.choose import choose, choose_device
 from saccade.model.layers import Filling, TensorSource, require_divisible
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
+from saccade.quantize.calibration import Order
+from saccade.quantize.pipeline import Report, quantize_exact
+from saccade.quantize.recipe import ExactRecipe
 from saccade.schemes.affine import loading_scheme
 from saccade.schemes.scheme import DENSE, Scheme
 
@@ -123,6 +126,7 @@ class LLM:
     ) -> None:
         options = self.options
         self.config, self.tokenizer = config, tokenizer
+        self.quantization = options.quantization or (source.quantization if isinstance(source, Checkpoint) else None)
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
         device, dtype = choose_device(options.device), torch_dtype(options.dtype, config)
         if options.threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -398,3 +402,22 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
 def _refused(error: SaccadeError) -> RequestOutput:
     output = CompletionOutput(0, "", [], "error", None, None, str(error), ())
     return RequestOutput([], [output], [], Timings(), 0, None)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    save_directory: str | os.PathLike[str],
+    calib_images: str | os.PathLike[str],
+    *,
+    image_order: Order = "name",
+    force: bool = False,
+    **options: Any,
+) -> Report:
+    """Makes the checkpoint that msModelSlim would write from `model`, bit for bit; see docs/quantization-exact.md.
+
+    `calib_images`: a folder of pictures and nothing else. `options`: the fields of ExactRecipe, by default W8A8 with m2.
+    Raises OptionError, CheckpointError or MediaError before the long work begins; the folder appears whole or not at all.
+    """
+    recipe = from_mapping(ExactRecipe, options)
+    folder = resolve(model)
+    return quantize_exact(folder, Path(save_directory), recipe, Path(calib_images), order=image_order, force=force)

@@ -31,8 +31,8 @@ from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.hub import resolve
 from saccade.engine.options import SamplingParams
 from saccade.inputs.prompt import MediaReceipt
+from saccade.model.layers import bytes_per_linear_value
 from saccade.outputs import RequestOutput
-from saccade.schemes.scheme import scheme_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -201,15 +201,13 @@ def bench(
     peak = peak_memory_bytes()
     peak_device = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     machine = machine or measure_machine(model.device, model.dtype)
-    scheme = scheme_of(llm.options.quantization)
-    item = model.dtype.itemsize
-    storage = Storage(item if scheme.is_dense else scheme.weight_bits / 8, item)
+    storage = Storage(bytes_per_linear_value(model), model.dtype.itemsize)
     seconds = [_stage_seconds(answer, total, tokens_out) for answer, total in runs]
     works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, storage)
     result = BenchResult(
         model=name or options.random or "",
         config=llm.config,
-        quantization=llm.options.quantization,
+        quantization=llm.quantization,
         kernels=model.kernels.sources,
         media=output.media,
         tokens_in=len(output.prompt_token_ids),

@@ -129,9 +129,21 @@ def open_unverified(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} is quantized ({method}), which Saccade does not read; use the bf16 checkpoint it was made from"
         )
+    _require_one_set_of_weights(folder, description)
     shards = Shards(folder)
     layout, file_names = canonical_names(shards)
     return Checkpoint(folder, config, shards, layout, file_names, description)
+
+
+def _require_one_set_of_weights(folder: Path, description: ascend.Description | None) -> None:
+    """Beside quantized weights, a left-over `model.safetensors` or its index would be taken for them, by other engines too."""
+    left_over = [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).exists()]
+    ours = sorted(folder.glob("quant_model_weight*.safetensors"))
+    if description is not None and left_over and ours:
+        raise CheckpointError(
+            f"{folder} holds {left_over[0]} beside {ours[0].name}; {description.file.name} describes the latter, "
+            f"remove the former"
+        )
 
 
 def foreign_quantization(config: ModelConfig) -> str | None:

@@ -181,6 +181,19 @@ def require_divisible(module: nn.Module, scheme: Scheme) -> None:
             )
 
 
+def bytes_per_linear_value(module: nn.Module) -> float:
+    """The mean over the weights of all linears below `module` that may be quantized; 0 if there are none."""
+    num_values, total = 0, 0.0
+    for layer in module.modules():
+        if isinstance(layer, Linear) and layer.is_quantizable:
+            weight, count = layer.weight, layer.in_features * layer.out_features
+            num_values += count
+            total += count * (
+                weight.values.element_size() if weight.scheme.is_dense else weight.scheme.bytes_per_weight
+            )
+    return total / max(num_values, 1)
+
+
 def size_bytes(module: nn.Module) -> int:
     """Bytes of all filled weights below `module`; a tensor shared by two layers counts once."""
     tensors: dict[int, int] = {}

@@ -349,6 +349,16 @@ def test_a_description_that_is_none_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_left_over_beside_the_quantized_ones_are_named(tmp_path: Path, name: str) -> None:
+    write_quantized(tmp_path, W8A8)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=rf"holds {name} beside quant_model_weight_w8a8\.safetensors; .* remove the"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_a_quantization_config_beside_the_description_is_no_other_format(tmp_path: Path) -> None:
     write_quantized(tmp_path, W8A8, "mindie")
     section = {"group_size": 64, "act_method": 2, "w_bit": 8}

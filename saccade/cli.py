@@ -66,6 +66,41 @@ def flags(kind: type, **changed_defaults: Any) -> Callable[[Command], Command]:
     return decorate
 
 
+def script_options(kind: type) -> Callable[[Command], Command]:
+    """As `flags`, in the spelling of msModelSlim's scripts: underscores, and booleans as the literals True and False.
+
+    A boolean named in `_BARE` is a bare flag there too.
+    """
+
+    def literal(ctx: click.Context, parameter: click.Parameter, value: str) -> bool:
+        return value == "True"
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(kind)
+        for field in reversed(dataclasses.fields(kind)):
+            names = [f"--{field.name}", f"--{field.name.replace('_', '-')}", field.name]
+            keywords: dict[str, Any] = {"help": field.metadata.get("help", ""), "default": field.default}
+            value_type, _ = _value_type(hints[field.name])
+            if value_type is bool and field.name in _BARE:
+                keywords["is_flag"] = True
+            elif value_type is bool:
+                keywords |= {
+                    "type": click.Choice(["True", "False"]),
+                    "callback": literal,
+                    "default": str(field.default),
+                }
+            else:
+                keywords["type"] = value_type
+            keywords["show_default"] = "is_flag" not in keywords and field.default is not None
+            command = click.option(*dict.fromkeys(names), **keywords)(command)
+        return command
+
+    return decorate
+
+
+_BARE = ("mindie_format",)
+
+
 def gather(kind: type[T], values: dict[str, Any]) -> T:
     """Takes the fields of `kind` out of a command's keywords."""
     return kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
@@ -92,6 +127,7 @@ class Program(click.Group):
     SUMMARIES: typing.ClassVar = {
         "ask": "Answer a question about pictures and videos.",
         "inspect": "Say what a checkpoint holds, and what is wrong with it.",
+        "quantize": "Make a smaller checkpoint, equal bit for bit to what msModelSlim would write.",
         "doctor": "Say what this machine can do, what is active, and why.",
         "bench": "Measure every stage of an answer, and its distance from the machine's limit.",
         "demo": "Ask the model that ships with Saccade about the pictures that ship with it.",
@@ -106,6 +142,7 @@ class Program(click.Group):
         makers: Mapping[str, Callable[[], click.Command]] = {
             "ask": _ask_command,
             "inspect": _inspect_command,
+            "quantize": _quantize_command,
             "doctor": _doctor_command,
             "bench": _bench_command,
             "demo": _demo_command,
@@ -375,6 +412,55 @@ def _inspect_command() -> click.Command:
             sys.exit(1)
 
     return inspect
+
+
+def _quantize_command() -> click.Command:
+    from saccade.quantize.recipe import ExactRecipe
+
+    @click.command("quantize", short_help=Program.SUMMARIES["quantize"])
+    @click.option("--model_path", "--model", "model", required=True, help="float checkpoint folder or hub id")
+    @click.option(
+        "--calib_images", "--calib-images", required=True, help="folder of calibration pictures, nothing else"
+    )
+    @click.option(
+        "--save_directory", "--save-directory", required=True, help="folder to make; an existing one is refused"
+    )
+    @click.option(
+        "--mode", type=click.Choice(["exact"]), default="exact", show_default=True, help="how weights are found"
+    )
+    @click.option(
+        "--image_order",
+        "--image-order",
+        type=click.Choice(["name", "listing"]),
+        default="name",
+        show_default=True,
+        help="order of the pictures, which results depend on; listing is the file system's, as msModelSlim takes it",
+    )
+    @click.option("--force", is_flag=True, help="replace an existing checkpoint")
+    @script_options(ExactRecipe)
+    def quantize(
+        model: str,
+        calib_images: str,
+        save_directory: str,
+        mode: str,
+        image_order: Literal["name", "listing"],
+        force: bool,
+        **values: Any,
+    ) -> None:
+        """Make a smaller checkpoint for Ascend engines and for Saccade, equal bit for bit to what msModelSlim would write.
+
+        For example: saccade quantize --model_path Qwen2.5-VL-3B-Instruct --calib_images photos --save_directory w8a8
+        """
+        from saccade import api
+
+        report = api.quantize(model, save_directory, calib_images, image_order=image_order, force=force, **values)
+        print(
+            f"quantized to {report.scheme} in {report.seconds:.0f} s, {_gigabytes(report.source_bytes)} -> "
+            f"{_gigabytes(report.output_bytes)}, {report.num_samples} pictures, "
+            f"at most {_gigabytes(report.peak_memory_bytes)} of memory: {report.folder}"
+        )
+
+    return quantize
 
 
 def _doctor_command() -> click.Command:

@@ -36,6 +36,18 @@ FLOORS: list[dict[str, list[str]]] = [
     },
     {
         "grounding": [],
+        "quantize": [
+            "recipe",
+            "calibration",
+            "forward",
+            "fold",
+            "rounding",
+            "observers",
+            "outlier_suppression",
+            "iterative_smooth",
+            "exact_format",
+            "pipeline",
+        ],
         "engine": ["options", "sampling", "blocks", "request", "scheduler", "batch", "runner", "engine"],
     },
     {"outputs": []},

@@ -360,6 +360,15 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
+@dataclass(frozen=True)
+class FileNames:
+    """How a writer calls its files. `is_always_indexed`: a single shard, too, is numbered and has an index."""
+
+    stem: str = "model"
+    is_always_indexed: bool = False
+    has_metadata: bool = True
+
+
 class ShardWriter:
     """Writes a checkpoint folder in bounded memory; nothing is visible until `close`.
 
@@ -369,8 +378,16 @@ class ShardWriter:
     Raises CheckpointError for that and for a disk that refuses.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        force: bool = False,
+        names: FileNames | None = None,
+    ) -> None:
         assert max_shard_bytes > 0, "a shard holds at least one byte"
+        self._files = names or FileNames()
         self.folder = folder.resolve()
         self.max_shard_bytes = max_shard_bytes
         self._force = force
@@ -427,14 +444,15 @@ class ShardWriter:
         try:
             self._seal()
             weight_map: dict[str, str] = {}
+            stem, is_indexed = self._files.stem, self._files.is_always_indexed or len(self._sealed) > 1
             for number, (path, names) in enumerate(self._sealed, start=1):
-                shard = "model" if len(self._sealed) == 1 else f"model-{number:05}-of-{len(self._sealed):05}"
+                shard = f"{stem}-{number:05}-of-{len(self._sealed):05}" if is_indexed else stem
                 with self._writing(path):
                     path.rename(self._hidden / f"{shard}.safetensors")
                 weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
-            if len(self._sealed) > 1:
+            if is_indexed:
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-                self.add_file("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+                self.add_file(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
             self._publish()
         except BaseException:
             self.discard()
@@ -466,7 +484,7 @@ class ShardWriter:
     def _seal(self) -> None:
         if self._shard is not None:
             with self._writing(self._shard.path):
-                self._shard.seal()
+                self._shard.seal(self._files.has_metadata)
             self._sealed.append((self._shard.path, self._shard.names()))
             self._shard = None
 
@@ -538,7 +556,7 @@ class _OpenShard:
         self._nbytes += nbytes
         self._header_bytes += self._entry_bytes(name)
 
-    def seal(self) -> None:
+    def seal(self, has_metadata: bool) -> None:
         end = self._BODY_START + sum(entry[3] for entry in self._body)
         start = 0
         moves = []
@@ -552,7 +570,7 @@ class _OpenShard:
         self._ragged_file.close()
         self.path.with_suffix(".ragged").unlink()
 
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if has_metadata else {}
         offset = 0
         for name, dtype, shape, nbytes in self._body:
             offsets = [offset, offset + nbytes]

@@ -1,0 +1,90 @@
+"""Exact mode against checkpoints that msModelSlim wrote: every tensor and every JSON file, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saccade.checkpoints.config import read_config
+from saccade.inputs.chat import ChatTokenizer
+from saccade.quantize.calibration import list_pictures, load_sample
+from tests.goldens import CASES, GOLDENS, needs_goldens
+from tests.quantize.exact_run import SAME_ARITHMETIC
+
+Found = tuple[Path, Path, Path]
+
+pytestmark = [
+    needs_goldens,
+    pytest.mark.skipif(
+        not torch.cpu._is_avx512_bf16_supported(),
+        reason="the reference checkpoints were written by a processor with bfloat16 instructions",
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """(the case, our checkpoint, what was recorded on the way)."""
+    case = GOLDENS / request.param
+    out = tmp_path_factory.mktemp("exact") / request.param
+    command = [sys.executable, "-m", "tests.quantize.exact_run", str(case), str(out)]
+    subprocess.run(command, env=os.environ | SAME_ARITHMETIC, cwd=Path(__file__).parents[2], check=True)
+    return case, out, out.with_suffix(".found")
+
+
+def assert_equal_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+
+
+def test_every_tensor_is_the_references(found: Found) -> None:
+    case, out, _ = found
+    [weights] = (case / "output").glob("*.safetensors")
+    assert_equal_bits(load_file(out / weights.name), load_file(weights))
+
+
+def test_every_other_file_is_the_references(found: Found) -> None:
+    case, out, _ = found
+    assert {path.name for path in out.iterdir()} == {path.name for path in (case / "output").iterdir()}
+    for path in (case / "output").glob("*.json"):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_smoothing_is_the_references(found: Found) -> None:
+    """m2: the scale of each search; m4: the activations' maxima, which the reference records in another order."""
+    case, _, record = found
+    if (path := case / "record" / "smooth_scales.safetensors").exists():
+        expected, actual = load_file(path), load_file(record / "scales.safetensors")
+        assert len(actual) == len(expected)
+        for name in actual:
+            assert any(torch.equal(actual[name], tensor) for tensor in expected.values()), name
+    if (path := case / "record" / "act_absmax.safetensors").exists():
+        expected, actual = load_file(path), load_file(record / "maxima.safetensors")
+        for name, tensor in expected.items():
+            assert any(torch.equal(tensor, mine) for mine in actual.values()), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calibration_samples_are_the_references(name: str) -> None:
+    case = GOLDENS / name
+    recorded = load_file(case / "record" / "calib_inputs.safetensors")
+    config = read_config(case / "input")
+    tokenizer = ChatTokenizer(case / "input", config)
+    pictures = list_pictures(case / "images", "name")
+    assert len(pictures) * 4 == len(recorded)
+    for i, path in enumerate(pictures):
+        sample = load_sample(path, tokenizer, config)
+        assert torch.equal(sample.token_ids[None], recorded[f"{i}.input_ids"])
+        assert torch.equal(sample.patches, recorded[f"{i}.pixel_values"])
+        [grid] = sample.grids
+        assert [[grid.t, grid.h, grid.w]] == recorded[f"{i}.image_grid_thw"].tolist()

@@ -158,8 +158,8 @@ def read(tensors: Tensors, description: Description, module: str) -> Weight:
             values = unpack_row_pairs(values)
         elif int(values.min()) < -8 or int(values.max()) > 7:
             raise _refusal(tensors, f"{module}.weight", "holds values beyond -8..7", "the file is damaged")
-        wide = values.view(*group_scale.shape, -1).to(torch.int16) * group_scale[:, :, None]
-        if int(wide.min()) < -128:
+        lowest = values.view(*group_scale.shape, -1).amin(dim=2).int() * group_scale
+        if int(lowest.min()) < -128:  # the highest is at most 7 * 17
             raise _refusal(tensors, f"{module}.weight", "times its group scales leaves int8", "the file is damaged")
         values = pack(values)
     if scheme.activation == "static":

@@ -73,6 +73,12 @@ def test_the_way_for_processors_without_int8_products_is_exact_too(
     assert (reference.int_matmul(extreme, extreme) == 5000 * 2**14).all()
 
 
+@pytest.mark.parametrize(("rows", "columns", "outputs"), SIZES[1:])
+def test_filling_up_for_cublas_changes_no_sum(device: torch.device, rows: int, columns: int, outputs: int) -> None:
+    a, b = integers(rows, columns).to(device), integers(outputs, columns, seed=1).to(device)
+    assert torch.equal(reference._int_matmul_cuda(a, b).cpu().long(), oracle(a, b))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zero", [-97.0, 0.0, 127.0, -300.0])
 @pytest.mark.parametrize("rows", [0, 1, 7, 129])

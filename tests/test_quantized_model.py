@@ -231,8 +231,10 @@ def test_groups_that_do_not_fit_are_refused_before_loading(tiny_checkpoint: Path
     with pytest.raises(
         OptionError,
         match=r"group size 256 of w4a8-g256 does not divide the \d+ columns of visual\.blocks\.0\.attn\.qkv; "
-        r".*use w8a8-dynamic or w8a16",
+        r"use w8a8-dynamic or w8a16",
     ):
         open_llm(tiny_checkpoint, quantization="w4a8-g256")
+    with pytest.raises(OptionError, match=r"not divide the 64 columns of .*; use w4a8-g32, w8a8-dynamic or w8a16"):
+        random_llm("tiny", device="cpu", quantization="w4a8-g256")
     with pytest.raises(OptionError, match="needs activations measured"):
         open_llm(tiny_checkpoint, quantization="w8a8")

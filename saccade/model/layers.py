@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saccade.base.errors import CheckpointError, OptionError
 from saccade.kernels.record import Kernels
 from saccade.schemes.affine import quantize_weight
-from saccade.schemes.scheme import DENSE, GROUP_SIZES, Scheme, Weight, stack
+from saccade.schemes.scheme import DENSE, GROUP_SIZES, W4A8, Scheme, Weight, stack
 
 
 class TensorSource(Protocol):
@@ -169,16 +169,15 @@ def fill(module: nn.Module, filling: Filling) -> None:
 
 def require_divisible(module: nn.Module, scheme: Scheme) -> None:
     """Raises OptionError naming the first layer below `module` whose columns the scheme's groups do not divide."""
-    if scheme.group_size is None:
-        return
-    for layer in module.modules():
-        if isinstance(layer, Linear) and layer.is_quantizable and layer.in_features % scheme.group_size:
-            fitting = [size for size in GROUP_SIZES if layer.in_features % size == 0]
-            smaller = f"groups of {max(fitting)} fit this layer; or " if fitting else ""
-            raise OptionError(
-                f"group size {scheme.group_size} of {scheme.name} does not divide the {layer.in_features} columns of "
-                f"{next(iter(layer.parts))}; {smaller}use w8a8-dynamic or w8a16, which have no groups"
-            )
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear) and layer.is_quantizable]
+    unfit = [layer for layer in layers if scheme.group_size and layer.in_features % scheme.group_size]
+    if unfit:
+        fitting = [size for size in GROUP_SIZES if all(layer.in_features % size == 0 for layer in layers)]
+        smaller = f"{W4A8[max(fitting)].name}, " if fitting else ""
+        raise OptionError(
+            f"group size {scheme.group_size} of {scheme.name} does not divide the {unfit[0].in_features} columns of "
+            f"{next(iter(unfit[0].parts))}; use {smaller}w8a8-dynamic or w8a16"
+        )
 
 
 def bytes_per_linear_value(module: nn.Module) -> float:

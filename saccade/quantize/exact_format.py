@@ -15,12 +15,12 @@ from torch import Tensor
 from saccade.quantize.rounding import (
     dequantization,
     integer_bias,
-    pack_row_pairs,
     round_weight,
     round_weight_4bit,
     row_scale,
     scaled_values,
 )
+from saccade.schemes.packing import pack_row_pairs
 
 FLOAT = "FLOAT"
 NIBBLE_BIAS = 8  # what splitting an int8 activation in two nibbles has to add back, per row sum

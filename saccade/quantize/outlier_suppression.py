@@ -24,35 +24,60 @@ from saccade.quantize.rounding import EPS, row_scale
 LOWEST_THRESHOLD = 0.1
 MIN_STEPS = 100
 STEP_SIZE = 0.5
-ALIGNED = (
-    64  # columns: zeros in front of a softmax's row are skipped in whole vectors only, which keeps its sum's order
-)
-ROWS_AT_ONCE = 1024  # queries whose weights over all keys are in memory
+# Columns. Zeros in front of a softmax's row are skipped in whole vectors only, which keeps the order of its sum.
+ALIGNED = 64
+ROWS_AT_ONCE = 256  # what is computed, and given up, at a time
+COARSE_STRIDE = 8  # candidates of the first round
+SLACK = 1 + 2.0**-6  # a mean in bfloat16 is wrong by less
 
 
 class Objective(Protocol):
-    """What is compared: from x W^T [N, O] in T to the block's intermediate result."""
+    """What is compared: a result of the block computed from x W^T."""
 
-    def output(self, product: Tensor) -> Tensor:
-        """The result; its last dimension is summed over in the loss."""
+    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        """x: [N, H]; weight: [O, H]. The result piece by piece, always cut alike; the loss sums over the last dimension."""
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
 def search(x: Tensor, weight: Tensor, objective: Objective) -> Tensor:
-    """x: [N, H], the norm's output; weight: [O, H], what it feeds, concatenated; both in T. Returns the scale c [H] in T, c >= 1."""
+    """x: [N, H], the norm's output; weight: [O, H], what it feeds, concatenated; both in T. Returns the scale c [H] in T, c >= 1.
+
+    The smallest loss wins, of equal ones the largest threshold. A coarse round comes first: its best loss lets most of the
+    others be given up before they are whole.
+    """
     high, low = x.amax(0), x.amin(0)
-    exact = objective.output(x @ weight.T)
-    scaled = ScaledWeight(weight)
-    best, winner = math.inf, float(max(high.max().item(), -low.min().item(), 0.0))
-    for threshold in thresholds(high, low):
-        scale = scale_at(threshold, high, low)
-        product = fake_range(x / scale, threshold) @ scaled.at(scale).T
-        loss = mean_square(objective.output(product), exact).item()
-        if loss < best:
-            best, winner = loss, threshold
-    return scale_at(winner, high, low)
+    candidates = list(thresholds(high, low))
+    if not candidates:
+        return torch.ones_like(high)
+    exact = list(objective.pieces(x, weight))
+    best, winner = math.inf, 0
+    coarse = range(0, len(candidates), COARSE_STRIDE)
+    for indices in (coarse, [i for i in range(len(candidates)) if i not in coarse]):
+        scaled = ScaledWeight(weight)
+        for i in indices:
+            scale = scale_at(candidates[i], high, low)
+            rounded = fake_range(x / scale, candidates[i])
+            loss = loss_below(best, objective.pieces(rounded, scaled.at(scale)), exact)
+            if loss < best or (loss == best and i < winner):
+                best, winner = loss, i
+    return scale_at(candidates[winner], high, low)
+
+
+def loss_below(bound: float, pieces: Iterator[Tensor], exact: Sequence[Tensor]) -> float:
+    """The mean of the squared distances between last-dimension vectors, in the pieces' type; inf as soon as it must exceed `bound`."""
+    count = sum(piece.numel() // piece.shape[-1] for piece in exact)
+    limit = math.inf if exact[0].dtype == torch.float16 else bound * count * SLACK  # float16 may overflow
+    sums: list[Tensor] = []
+    spent = 0.0
+    for piece, reference in zip(pieces, exact, strict=True):
+        distances = (piece - reference).abs_().pow_(2.0).sum(-1)
+        sums.append(distances)
+        spent += float(distances.sum(dtype=torch.float64))
+        if spent > limit:
+            return math.inf
+    return float(torch.cat(sums).mean())
 
 
 def thresholds(high: Tensor, low: Tensor) -> Iterator[float]:
@@ -80,11 +105,6 @@ def fake_range(x: Tensor, threshold: float) -> Tensor:
     zero = (0 - torch.round(low / scale)).clamp(0, 255).item()
     step = scale.item()
     return (x / step).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(step)
-
-
-def mean_square(output: Tensor, exact: Tensor) -> Tensor:
-    """The mean of the squared distances between last-dimension vectors; in T where the objective's output is."""
-    return (output - exact).abs_().pow_(2.0).sum(-1).mean()
 
 
 class ScaledWeight:
@@ -124,22 +144,25 @@ def _fake(weight: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GateUp:
-    """silu(gate) * up, in float32. The tower's bias [O] counts, the decoder has none."""
+    """silu(gate) * up, rows at a time, in float32. The tower's bias [O] counts, the decoder has none."""
 
     bias: Tensor | None = None
 
-    def output(self, product: Tensor) -> Tensor:
-        if self.bias is not None:
-            product = product + self.bias
-        gate, up = product.chunk(2, dim=-1)
-        return (F.silu(gate) * up).float()
+    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        for rows in torch.split(x, ROWS_AT_ONCE):
+            product = rows @ weight.T
+            if self.bias is not None:
+                product = product + self.bias
+            gate, up = product.chunk(2, dim=-1)
+            yield (F.silu(gate) * up).float()
 
 
 @dataclass(frozen=True)
 class DecoderAttention:
-    """Causal attention without q's, k's and v's biases and with one-axis rotary positions: faults kept. Result [N, heads * D] float32.
+    """Causal attention without q's, k's and v's biases and with one-axis rotary positions: faults kept. A piece is some
+    rows of [N, heads * D] float32.
 
-    positions: [N], the time row. One key head's query heads at a time.
+    positions: [N], the time row.
     """
 
     num_heads: int
@@ -148,8 +171,9 @@ class DecoderAttention:
     rope_theta: float
     positions: Tensor
 
-    def output(self, product: Tensor) -> Tensor:
-        num_tokens, dtype = len(product), product.dtype
+    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        num_tokens, dtype = x.shape[0], x.dtype
+        product = x @ weight.T
         heads = product.view(num_tokens, -1, self.head_dim).transpose(0, 1)
         q, k, v = heads[: self.num_heads], heads[self.num_heads : -self.num_kv_heads], heads[-self.num_kv_heads :]
         cos, sin = self._tables(num_tokens)
@@ -158,17 +182,17 @@ class DecoderAttention:
         columns = torch.arange(num_tokens)
         lowest = torch.tensor(torch.finfo(dtype).min)
         groups = self.num_heads // self.num_kv_heads
-        out = torch.empty(num_tokens, self.num_heads, self.head_dim, dtype=dtype)
         for start in range(0, num_tokens, ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, num_tokens))
+            out = torch.empty(rows.stop - start, self.num_heads, self.head_dim, dtype=dtype)
             is_future = columns > columns[rows, None]
             for head in range(self.num_kv_heads):
                 mine = slice(head * groups, (head + 1) * groups)
                 keys, values = (part[head : head + 1].expand(groups, -1, -1) for part in (k, v))
                 logits = (q[mine, rows] @ keys.transpose(-2, -1)).masked_fill_(is_future, float("-inf"))
                 weights = torch.maximum(logits, lowest).softmax(-1, dtype=torch.float32).to(dtype)
-                out[rows, mine] = (weights @ values).transpose(0, 1)
-        return out.view(num_tokens, -1).float()
+                out[:, mine] = (weights @ values).transpose(0, 1)
+            yield out.flatten(1).float()
 
     def _tables(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
@@ -181,7 +205,8 @@ class DecoderAttention:
 class TowerAttention:
     """Attention within segments, without qkv's bias, logits divided by the root of the wrong head size: faults kept.
 
-    cos, sin: [N, D] float32; bounds: cumulative segment bounds. Result [heads, N, D] in T: ties between candidates are frequent.
+    cos, sin: [N, D] float32; bounds: cumulative segment bounds. A piece is a head's [N, D] in T:
+    ties between candidates are frequent.
     """
 
     num_heads: int
@@ -190,22 +215,28 @@ class TowerAttention:
     sin: Tensor
     bounds: Sequence[int]
 
-    def output(self, product: Tensor) -> Tensor:
-        num_patches, dtype = len(product), product.dtype
-        q, k, v = product.view(num_patches, 3, self.num_heads, -1).unbind(1)
-        q, k = rotate_patches(q, self.cos, self.sin), rotate_patches(k, self.cos, self.sin)
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # [heads, N, D]
-        out = torch.empty(q.shape, dtype=dtype)
+    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        qkv = (x @ weight.T).view(len(x), 3, self.num_heads, -1)
+        for head in range(self.num_heads):
+            q, k = rotate_patches(qkv[:, :2, head], self.cos, self.sin).unbind(1)
+            yield self._attend(q, k, qkv[:, 2, head])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One head: [N, D] each. Returns [N, D]."""
+        num_patches, dtype = len(q), q.dtype
+        out = torch.empty(v.shape, dtype=dtype)
         root, lowest = math.sqrt(self.scaling_head_dim), torch.finfo(dtype).min
         for start, end in pairwise(self.bounds):
-            for rows_start in range(start, end, ROWS_AT_ONCE):
-                rows = slice(rows_start, min(rows_start + ROWS_AT_ONCE, end))
-                columns = slice(start // ALIGNED * ALIGNED, min(-(-end // ALIGNED) * ALIGNED, num_patches))
-                mask = torch.full((columns.stop - columns.start,), lowest, dtype=dtype)
-                mask[start - columns.start : end - columns.start] = 0
-                weights = torch.zeros(rows.stop - rows.start, num_patches, dtype=dtype)
-                for head in range(self.num_heads):
-                    logits = (q[head, rows] @ k[head, columns].T).div_(root).add_(mask)
-                    weights[:, columns] = logits.softmax(-1, dtype=torch.float32).to(dtype)
-                    out[head, rows] = weights @ v[head]  # all columns: the product's own blocking must not shift
+            columns = slice(start // ALIGNED * ALIGNED, min(-(-end // ALIGNED) * ALIGNED, num_patches))
+            mask = torch.full((columns.stop - columns.start,), lowest, dtype=dtype)
+            mask[start - columns.start : end - columns.start] = 0
+            for first in range(start, end, ROWS_AT_ONCE):
+                rows = slice(first, min(first + ROWS_AT_ONCE, end))
+                logits = (q[rows] @ k[columns].T).div_(root)
+                if end - start < len(mask):
+                    logits.add_(mask)
+                weights = logits.softmax(-1, dtype=torch.float32).to(dtype)
+                if len(mask) < num_patches:  # all columns all the same: the product's own blocking must not shift
+                    weights = F.pad(weights, (columns.start, num_patches - columns.stop))
+                out[rows] = weights @ v
         return out

@@ -86,11 +86,6 @@ def round_weight_4bit(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, 
     return values.view(weight.shape).to(torch.int8), first, second
 
 
-def pack_row_pairs(values: Tensor) -> Tensor:
-    """values: int8 [O, H] in -8..7. Returns int8 [O/2, H]: the even row in the low nibble, the odd one in the high (section 4.5)."""
-    return ((values[1::2] << 4) | (values[0::2] & 15)).to(torch.int8)
-
-
 def scaled_values(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """[O, H] float32: q4 * s2 * s1 with both scales rounded to bfloat16 on the way, as scale_bias is computed from."""
     groups = values.float().view(*second.shape, -1) * second.to(torch.bfloat16)[:, :, None]

@@ -362,7 +362,7 @@ def _is_counts(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class FileNames:
-    """How a writer calls its files. `is_always_indexed`: a single shard, too, is numbered and has an index."""
+    """How a writer calls its files. `is_always_indexed`: a single shard, too, is numbered and has an index, in order of writing."""
 
     stem: str = "model"
     is_always_indexed: bool = False
@@ -392,7 +392,7 @@ class ShardWriter:
         self.max_shard_bytes = max_shard_bytes
         self._force = force
         self._require_replaceable()
-        self._names: set[str] = set()
+        self._names: dict[str, None] = {}  # in order of writing
         self._sealed: list[tuple[Path, list[str]]] = []
         self._total_bytes = 0
         self._shard: _OpenShard | None = None
@@ -427,7 +427,7 @@ class ShardWriter:
             if self._shard is None:
                 self._shard = _OpenShard(file)
             self._shard.add(name, dtype, shape, nbytes, chunks)
-        self._names.add(name)
+        self._names[name] = None
         self._total_bytes += nbytes
 
     def add_file(self, name: str, content: str | bytes) -> None:
@@ -451,8 +451,13 @@ class ShardWriter:
                     path.rename(self._hidden / f"{shard}.safetensors")
                 weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
             if is_indexed:
-                index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-                self.add_file(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+                order = self._names if self._files.is_always_indexed else sorted(weight_map)
+                index = {
+                    "metadata": {"total_size": self._total_bytes},
+                    "weight_map": {name: weight_map[name] for name in order},
+                }
+                end = "" if self._files.is_always_indexed else "\n"
+                self.add_file(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + end)
             self._publish()
         except BaseException:
             self.discard()

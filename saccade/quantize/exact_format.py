@@ -80,11 +80,17 @@ def norm_with_bias(module: str, gain: Tensor, scheme: str, is_mindie: bool) -> I
 
 
 def int8_linear(
-    module: str, weight: Tensor, bias: Tensor | None, activation: tuple[Tensor, Tensor] | None, scheme: str
+    module: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: tuple[Tensor, Tensor] | None,
+    scheme: str,
+    is_wide: bool = False,
 ) -> Iterator[Stored]:
-    """weight: [O, H] in T; `activation`: static (scale, zero point), None for dynamic ones."""
-    scale = row_scale(weight.abs().amax(1))
-    values = round_weight(weight, scale)
+    """weight: [O, H] in T; `activation`: static (scale, zero point), None for dynamic ones; `is_wide`: scales in float32."""
+    wide = weight.float() if is_wide else weight
+    scale = row_scale(wide.abs().amax(1))
+    values = round_weight(wide, scale)
     yield Stored(f"{module}.weight", values, scheme)
     if bias is not None:
         yield Stored(f"{module}.bias", bias, FLOAT)

@@ -198,7 +198,7 @@ class Run:
             self.smooth(prefix, block)
         activations: dict[str, tuple[Tensor, Tensor]] = {}
         if self.recipe.is_static:
-            linears = StaticLinears(block, self.observer_maker(prefix, block), modules)
+            linears = StaticLinears(block, self.observer_maker(prefix, block), modules, self.recipe.is_lowbit)
             self.calibrated.pass_block(prefix, block, linears)
             activations = linears.parameters
         for module in modules:
@@ -326,7 +326,7 @@ class Run:
         if recipe.w_bit == 4:
             self.write(layout.int4_linear(name, weight, bias, recipe.group_size, recipe.scheme, recipe.mindie_format))
         else:
-            self.write(layout.int8_linear(name, weight, bias, activation, recipe.scheme))
+            self.write(layout.int8_linear(name, weight, bias, activation, recipe.scheme, recipe.is_lowbit))
 
     def write(self, tensors: Iterator[layout.Stored]) -> None:
         for stored in tensors:
@@ -378,16 +378,17 @@ class Stream:
 
 
 class StaticLinears:
-    """A block's linears in static calibration (section 4.4): each input is observed, the range so far rounds it, then it is used."""
+    """A block's linears in static calibration (section 4.4): each input is observed, the range so far rounds it, then it is used.
 
-    def __init__(self, block: Block, make: Callable[[str], Observer], modules: Sequence[str]) -> None:
+    `is_wide`: scales are in float32 and stay in it (section 4.6).
+    """
+
+    def __init__(self, block: Block, make: Callable[[str], Observer], modules: Sequence[str], is_wide: bool) -> None:
         self._float = float_linears(block)
         self._biases = block
         names = [name for name in modules if layout.is_quantized(name)]
-        self._weights = {
-            name: fake_weight(weight, row_scale(weight.abs().amax(1)))
-            for name, weight in ((name, block[f"{name}.weight"]) for name in names)
-        }
+        self._is_wide = is_wide
+        self._weights = {name: self._rounded_weight(block[f"{name}.weight"]) for name in names}
         self._observers = {name: make(name) for name in names if name not in LEADERS}
         self._rounded: dict[str, Tensor] = {}
         self.parameters: dict[str, tuple[Tensor, Tensor]] = {}
@@ -398,10 +399,15 @@ class StaticLinears:
         if name not in LEADERS:
             observer = self._observers[name]
             observer.update(x)
-            self.parameters[name] = activation_parameters(*observer.range(), x.dtype)
+            dtype = torch.float32 if self._is_wide else x.dtype
+            self.parameters[name] = activation_parameters(*observer.range(), dtype)
             self._rounded[name] = fake_activation(x, *self.parameters[name])
         rounded = self._rounded[LEADERS.get(name, name)]
         return torch.nn.functional.linear(rounded, self._weights[name], self._biases.get(f"{name}.bias"))
+
+    def _rounded_weight(self, weight: Tensor) -> Tensor:
+        wide = weight.float() if self._is_wide else weight
+        return fake_weight(wide, row_scale(wide.abs().amax(1))).to(weight.dtype)
 
 
 def side_files(

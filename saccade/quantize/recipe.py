@@ -27,7 +27,7 @@ class ExactRecipe:
     act_method: int = option(2, "static ranges: 1 min-max, 2 histogram, 3 automatic")
     open_outlier: bool = option(True, "must be False for 4 bits")
     is_dynamic: bool = option(False, "activation scales per token at run time")
-    is_lowbit: bool = option(False, "the quantizer of 4-bit weights")
+    is_lowbit: bool = option(False, "the low-bit quantizer: needed for 4 bits; for 8 it keeps scales in float32")
     group_size: int = option(64, "columns that share a 4-bit scale")
     mindie_format: bool = option(False, "write MindIE's layout instead of vLLM Ascend's")
     part_file_size: int | None = option(None, "GiB of a shard; one file by default", low=1)
@@ -50,8 +50,6 @@ class ExactRecipe:
             raise OptionError(f"group_size is {self.group_size}; use one of {', '.join(map(str, GROUP_SIZES))}")
         if self.act_method == 3 and self.is_lowbit:
             raise OptionError("act_method 3 does not go with is_lowbit True; use 1 or 2")
-        if self.w_bit == 8 and self.is_lowbit:
-            raise OptionError("is_lowbit True with w_bit 8 is not reproduced by exact mode; leave is_lowbit False")
         if self.w_bit == 4:
             self._check_four_bits()
 

@@ -34,6 +34,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def half_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, declared and thus read as bfloat16."""
+    folder = tmp_path_factory.mktemp("half")
+    for path in tiny_checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    settings["torch_dtype"] = "bfloat16"
+    settings.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.mark.parametrize("act_method", [1, 2, 3])
 @pytest.mark.parametrize("anti_method", ["m2", "m4"])
 def test_a_quantized_checkpoint_is_read_back(
@@ -75,8 +88,24 @@ def test_shards_are_numbered_even_when_there_is_one(tiny_checkpoint: Path, pictu
     index = json.loads((out / f"{stem}.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {f"{stem}-00001-of-00001.safetensors"}
     tensors = load_file(out / f"{stem}-00001-of-00001.safetensors")
+    description = json.loads((out / "quant_model_description.json").read_text())
+    assert list(index["weight_map"]) == [name for name in description if name in tensors]
     assert tensors.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_the_low_bit_quantizer_keeps_scales_of_8_bit_weights_in_float32(
+    half_checkpoint: Path, pictures: Path, tmp_path: Path, is_dynamic: bool
+) -> None:
+    report = quantize_exact(
+        half_checkpoint, tmp_path / "out", ExactRecipe(is_lowbit=True, is_dynamic=is_dynamic), pictures
+    )
+    tensors = load_file(tmp_path / "out" / f"quant_model_weight_{report.scheme.lower()}.safetensors")
+    scales = {name: tensor.dtype for name, tensor in tensors.items() if name.endswith("_scale")}
+    assert set(scales.values()) == {torch.float32}
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert any(name.endswith("input_scale") for name in scales) is not is_dynamic
 
 
 def test_both_layouts_hold_the_same_weights(tiny_checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

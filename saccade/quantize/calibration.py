@@ -18,7 +18,6 @@ from saccade.base.errors import MediaError, OptionError
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid, fit_size
 from saccade.inputs.chat import ChatTokenizer
-from saccade.inputs.pixels import patches
 
 QUESTION = "Please describe this picture in detail."
 UNIT = 28  # of the first resize, whatever the checkpoint's own patches are
@@ -29,12 +28,12 @@ Order = Literal["name", "listing"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and the question. token_ids: [N] int64; positions: [3, N]; patches: [P, patch_values] float32."""
+    """One picture and the question. token_ids: [N] int64; positions: [3, N]; frames: [1, 3, height, width] uint8, resized."""
 
     source: str
     token_ids: Tensor
     positions: Tensor
-    patches: Tensor
+    frames: Tensor
     grids: tuple[Grid, ...]
 
 
@@ -62,7 +61,7 @@ def load_sample(path: Path, tokenizer: ChatTokenizer, config: ModelConfig) -> Sa
         str(path),
         torch.tensor(prompt.token_ids),
         prompt.positions,
-        patches(medium.frames, config),
+        medium.frames,
         (medium.receipt.grid,),
     )
 

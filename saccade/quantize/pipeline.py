@@ -31,6 +31,7 @@ from saccade.checkpoints.json_file import read_json
 from saccade.checkpoints.shards import FileNames, ShardWriter
 from saccade.geometry import token_positions
 from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.pixels import patches
 from saccade.quantize import exact_format as layout
 from saccade.quantize.calibration import Order, Sample, list_pictures, load_sample
 from saccade.quantize.fold import fold_linear, fold_norm
@@ -236,7 +237,7 @@ class Run:
     def measure(self, advance: Callable[[int], None]) -> None:
         """m4's statistics: the decoder's float forward over every sample's ids alone, without pixels, mask or three axes."""
         texts = [
-            Sample(sample.source, sample.token_ids, self.plain_positions(len(sample.token_ids)), sample.patches[:0], ())
+            Sample(sample.source, sample.token_ids, self.plain_positions(len(sample.token_ids)), sample.frames[:0], ())
             for sample in self.samples
         ]
         stream = Stream(self.config, texts)
@@ -348,7 +349,7 @@ class Stream:
     def embed_patches(self, block: Block) -> None:
         vision = self.config.vision
         pairs = zip(self.samples, self.places, strict=True)
-        self.rows = [embed_patches(block, sample.patches, places, vision) for sample, places in pairs]
+        self.rows = [embed_patches(block, patches(s.frames, self.config), places, vision) for s, places in pairs]
 
     def merge(self, block: Block) -> None:
         pairs = zip(self.rows, self.places, strict=True)

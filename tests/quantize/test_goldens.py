@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade.checkpoints.config import read_config
 from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.pixels import patches
 from saccade.quantize.calibration import list_pictures, load_sample
 from tests.goldens import CASES, GOLDENS, needs_goldens
 from tests.quantize.exact_run import SAME_ARITHMETIC
@@ -85,6 +86,6 @@ def test_calibration_samples_are_the_references(name: str) -> None:
     for i, path in enumerate(pictures):
         sample = load_sample(path, tokenizer, config)
         assert torch.equal(sample.token_ids[None], recorded[f"{i}.input_ids"])
-        assert torch.equal(sample.patches, recorded[f"{i}.pixel_values"])
+        assert torch.equal(patches(sample.frames, config), recorded[f"{i}.pixel_values"])
         [grid] = sample.grids
         assert [[grid.t, grid.h, grid.w]] == recorded[f"{i}.image_grid_thw"].tolist()

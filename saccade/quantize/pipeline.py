@@ -8,6 +8,7 @@ Knows the order of things; every calculation is elsewhere.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,7 @@ class Run:
         self.dtype: torch.dtype = getattr(torch, self.config.dtype)
         self.description = layout.description_head(recipe.scheme, recipe.group_size, recipe.mindie_format)
         self.shapes = expected_tensors(self.config)
+        report.source_bytes = sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
         self.samples = samples
         # Who passes the blocks: m2's one float sample, act_method 3's float samples, and all samples, fake-quantized.
         self.searched = Stream(self.config, samples[:1] if recipe.anti_method == "m2" else ())
@@ -304,7 +306,6 @@ class Run:
     def read_tensor(self, name: str) -> Tensor:
         out = torch.empty(self.shapes[name], dtype=self.dtype)
         self.checkpoint.read_into(name, out)
-        self.report.source_bytes += out.numel() * out.element_size()
         return out
 
     def write_float(self, prefix: str, block: Block) -> None:

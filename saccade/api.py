@@ -411,6 +411,7 @@ def quantize(
     *,
     image_order: Order = "name",
     force: bool = False,
+    threads: int = 1,
     **options: Any,
 ) -> Report:
     """Makes the checkpoint that msModelSlim would write from `model`, bit for bit; see docs/quantization-exact.md.
@@ -420,4 +421,5 @@ def quantize(
     """
     recipe = from_mapping(ExactRecipe, options)
     folder = resolve(model)
-    return quantize_exact(folder, Path(save_directory), recipe, Path(calib_images), order=image_order, force=force)
+    out, pictures = Path(save_directory), Path(calib_images)
+    return quantize_exact(folder, out, recipe, pictures, order=image_order, force=force, threads=threads)

@@ -437,6 +437,7 @@ def _quantize_command() -> click.Command:
         help="order of the pictures, which results depend on; listing is the file system's, as msModelSlim takes it",
     )
     @click.option("--force", is_flag=True, help="replace an existing checkpoint")
+    @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="last bits depend on it")
     @script_options(ExactRecipe)
     def quantize(
         model: str,
@@ -445,6 +446,7 @@ def _quantize_command() -> click.Command:
         mode: str,
         image_order: Literal["name", "listing"],
         force: bool,
+        threads: int,
         **values: Any,
     ) -> None:
         """Make a smaller checkpoint for Ascend engines and for Saccade, equal bit for bit to what msModelSlim would write.
@@ -453,7 +455,9 @@ def _quantize_command() -> click.Command:
         """
         from saccade import api
 
-        report = api.quantize(model, save_directory, calib_images, image_order=image_order, force=force, **values)
+        report = api.quantize(
+            model, save_directory, calib_images, image_order=image_order, force=force, threads=threads, **values
+        )
         print(
             f"quantized to {report.scheme} in {report.seconds:.0f} s, {_gigabytes(report.source_bytes)} -> "
             f"{_gigabytes(report.output_bytes)}, {report.num_samples} pictures, "

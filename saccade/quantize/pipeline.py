@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,10 +100,12 @@ def quantize_exact(
     *,
     order: Order = "name",
     force: bool = False,
+    threads: int = 1,
 ) -> Report:
     """Quantizes the checkpoint in `source` with the pictures in a folder; `out` appears whole or not at all.
 
-    `order`: pictures by name, or as the file system lists them, which is what the reference does; results depend on it.
+    `order`: pictures by name, or as the file system lists them, which is what the reference does; results depend on it, and
+    on the number of threads, because sums are split among them.
     Raises OptionError, CheckpointError or MediaError before any weight is read.
     """
     start = time.perf_counter()
@@ -124,7 +127,7 @@ def quantize_exact(
             has_metadata=False,
         ),
     )
-    with writer:
+    with writer, _threads(threads):
         tokenizer = ChatTokenizer(source, checkpoint.config)
         samples = [load_sample(path, tokenizer, checkpoint.config) for path in paths]
         run = Run(checkpoint, recipe, samples, writer, Report(out, recipe.scheme, len(samples)))
@@ -134,6 +137,16 @@ def quantize_exact(
     run.report.seconds = time.perf_counter() - start
     run.report.peak_memory_bytes = peak_memory_bytes()
     return run.report
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Run:

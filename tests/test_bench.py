@@ -161,7 +161,7 @@ EIGHT_TOKENS = SamplingParams(min_tokens=8, max_tokens=8)
 @pytest.fixture(scope="module")
 def result(llm: LLM) -> BenchResult:
     options = BenchOptions(warmup=1, repeat=3, random="tiny")
-    return bench(llm, QUESTION, EIGHT_TOKENS, options, name="random tiny", machine=limits())
+    return bench(llm, QUESTION, EIGHT_TOKENS, options, machine=limits())
 
 
 def test_every_stage_is_measured_in_every_repeat(result: BenchResult) -> None:

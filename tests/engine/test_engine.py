@@ -182,6 +182,16 @@ def test_streamed_pieces_make_up_the_text(open_tiny: Open) -> None:
     assert updates[-1].output.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
+def test_a_stream_never_shows_the_beginning_of_a_stop_text(open_tiny: Open) -> None:
+    llm = open_tiny()
+    output = llm.chat(conversation(0), GREEDY)[0].outputs[0]
+    second = len(llm.tokenizer.decode(output.token_ids[:1]))
+    stop = output.text[second : second + 6]  # begins with a token of its own, and takes several
+    params = dataclasses.replace(GREEDY, stop=(stop,))
+    shown = "".join(update.text for update in llm.stream(conversation(0), params))
+    assert shown == output.text[: output.text.index(stop)]
+
+
 def test_closing_a_stream_frees_its_blocks_at_once(open_tiny: Open) -> None:
     llm = open_tiny()
     pool = llm.engine.scheduler.pool

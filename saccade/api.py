@@ -103,6 +103,7 @@ class LLM:
         config: ModelConfig,
         source: TensorSource,
         tokenizer: ChatTokenizer,
+        /,  # `source` is an option's name, too
         *,
         media: MediaOptions | None = None,
         limits: MediaLimits | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from saccade.bench.work import (
 )
 from saccade.checkpoints.noise import RandomWeights
 from saccade.checkpoints.presets import PRESETS
-from saccade.engine.options import SamplingParams
+from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.geometry import Grid
 
 # --- work: the table of the model's description, section 14, to its printed digits --------------------------------------
@@ -127,8 +128,9 @@ def test_random_weights_are_the_seed_s_and_the_name_s() -> None:
     assert not torch.equal(read(0, "a.weight"), read(0, "b.weight"))
 
 
-def test_a_random_model_can_be_shortened() -> None:
-    llm = random_llm("tiny", layers=1, vision_depth=1, kv_cache_tokens=64)
+def test_a_random_model_can_be_shortened_and_takes_every_engine_option() -> None:
+    options = dataclasses.asdict(EngineOptions(kv_cache_tokens=64))
+    llm = random_llm("tiny", layers=1, vision_depth=1, **options)
     assert len(llm.engine.runner.model.language.layers) == 1
     assert len(llm.engine.runner.model.visual.layers) == 1
 
@@ -159,7 +161,7 @@ EIGHT_TOKENS = SamplingParams(min_tokens=8, max_tokens=8)
 @pytest.fixture(scope="module")
 def result(llm: LLM) -> BenchResult:
     options = BenchOptions(warmup=1, repeat=3, random="tiny")
-    return bench(llm, QUESTION, EIGHT_TOKENS, options, name="random tiny", machine=limits())
+    return bench(llm, QUESTION, EIGHT_TOKENS, options, machine=limits())
 
 
 def test_every_stage_is_measured_in_every_repeat(result: BenchResult) -> None:

@@ -180,7 +180,7 @@ def bench(
 ) -> BenchResult:
     """Answers one conversation warmup + repeat times, each from the start: no cache serves a later one.
 
-    `name` is what the result calls the model, and where --against finds the checkpoint.
+    `name` is the checkpoint's: what the result calls the model, and where --against finds it; a random model names itself.
     `params` should fix the length (min_tokens = max_tokens). `machine` is measured after the answers unless given.
     Raises OptionError when the answers have fewer than two tokens or differ in length, SaccadeError when one fails.
     """
@@ -205,7 +205,7 @@ def bench(
     seconds = [_stage_seconds(answer, total, tokens_out) for answer, total in runs]
     works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, storage)
     result = BenchResult(
-        model=name or options.random or "",
+        model=_model_name(options, name),
         config=llm.config,
         quantization=llm.quantization,
         kernels=model.kernels.sources,
@@ -230,6 +230,14 @@ def bench(
         )
         result = dataclasses.replace(result, against=comparison)
     return result
+
+
+def _model_name(options: BenchOptions, name: str) -> str:
+    if options.random is None:
+        return name
+    counts = {"decoder layers": options.layers, "tower blocks": options.vision_depth}
+    cuts = [f"{count} {what}" for what, count in counts.items() if count is not None]
+    return f"random {options.random}" + (f" with {' and '.join(cuts)}" if cuts else "")
 
 
 def _answer(llm: LLM, messages: Conversation, params: SamplingParams) -> tuple[RequestOutput, float]:

@@ -96,6 +96,8 @@ class PreprocessingConfig:
 
     min_pixels: int = 3136
     max_pixels: int = 12_845_056
+    video_min_pixels: int | None = None  # of one frame, for models that see videos small; None: the published rule
+    video_max_pixels: int | None = None
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -411,6 +413,8 @@ def _read_preprocessing(folder: Path, vision: VisionConfig) -> PreprocessingConf
         max_pixels=max_pixels,
         image_mean=fields.rgb("image_mean", default.image_mean, at_least=-1e3),
         image_std=fields.rgb("image_std", default.image_std, at_least=1e-6),
+        video_min_pixels=fields.integer("video_min_pixels") if fields.has("video_min_pixels") else None,
+        video_max_pixels=fields.integer("video_max_pixels") if fields.has("video_max_pixels") else None,
     )
 
 

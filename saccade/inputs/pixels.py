@@ -183,7 +183,9 @@ def _frame_size(count: int, options: MediaOptions, config: ModelConfig) -> Calla
         height, width = options.resized_height, options.resized_width
         lowest, highest = config.preprocessing.min_pixels, config.preprocessing.max_pixels
         return lambda *_: fit_size(height, width, lowest, highest, factor, lift_sides=True)
-    lowest, highest = frame_pixel_limits(count, factor, options.min_pixels, options.max_pixels, options.total_pixels)
+    smallest = config.preprocessing.video_min_pixels if options.min_pixels is None else options.min_pixels
+    largest = config.preprocessing.video_max_pixels if options.max_pixels is None else options.max_pixels
+    lowest, highest = frame_pixel_limits(count, factor, smallest, largest, options.total_pixels)
     if options.min_pixels is None:
         lowest = min(lowest, highest)
     return lambda height, width: fit_size(height, width, lowest, highest, factor, lift_sides=True)

@@ -68,12 +68,14 @@ def test_64_mixed_requests_answer_as_one_by_one(
         assert llm.engine.scheduler.num_preemptions > 0, "the cache was not too small; the test tests nothing"
 
 
-def test_a_known_prefix_is_computed_once(open_tiny: Open) -> None:
-    llm = open_tiny(block_size=8)
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_a_known_prefix_is_computed_once(open_tiny: Open, block_size: int) -> None:
+    llm = open_tiny(block_size=block_size)
     cold = llm.chat(conversation(1), GREEDY)[0]
     warm = llm.chat(conversation(1), GREEDY)[0]
     assert cold.num_cached_tokens == 0
-    assert warm.num_cached_tokens >= len(warm.prompt_token_ids) - 9
+    # The last token is always computed: its row yields the answer's first.
+    assert warm.num_cached_tokens == (len(warm.prompt_token_ids) - 1) // block_size * block_size
     assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
 
 
@@ -137,6 +139,7 @@ def test_a_stop_text_before_min_tokens_does_not_count(open_tiny: Open) -> None:
     params = dataclasses.replace(GREEDY, stop=(whole[0],), min_tokens=GREEDY.max_tokens - 1)
     answer = llm.chat(conversation(0), params)[0].outputs[0]
     assert len(answer.token_ids) >= GREEDY.max_tokens - 1
+    assert answer.text.startswith(whole[:8])
 
 
 def test_generation_ends_at_a_stop_token(open_tiny: Open) -> None:
@@ -177,6 +180,16 @@ def test_streamed_pieces_make_up_the_text(open_tiny: Open) -> None:
     assert "".join(update.text for update in updates) == expected.outputs[0].text
     assert updates[-1].output is not None
     assert updates[-1].output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_a_stream_never_shows_the_beginning_of_a_stop_text(open_tiny: Open) -> None:
+    llm = open_tiny()
+    output = llm.chat(conversation(0), GREEDY)[0].outputs[0]
+    second = len(llm.tokenizer.decode(output.token_ids[:1]))
+    stop = output.text[second : second + 6]  # begins with a token of its own, and takes several
+    params = dataclasses.replace(GREEDY, stop=(stop,))
+    shown = "".join(update.text for update in llm.stream(conversation(0), params))
+    assert shown == output.text[: output.text.index(stop)]
 
 
 def test_closing_a_stream_frees_its_blocks_at_once(open_tiny: Open) -> None:

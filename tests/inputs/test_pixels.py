@@ -162,6 +162,16 @@ def test_frames_pair_up_and_an_odd_one_is_repeated(count: int, config: ModelConf
     assert torch.equal(patches(frames, config), naive_rows(frames, config))
 
 
+def test_a_checkpoint_may_see_videos_small(config: ModelConfig, limits: MediaLimits, make_video: Any) -> None:
+    """Without its word, the published rule enlarges a small clip to 128 tokens a frame."""
+    small = replace(config, preprocessing=replace(config.preprocessing, video_min_pixels=3136, video_max_pixels=12_544))
+    video = make_video(range(0, 4000, 500), size=(160, 120))
+    sizes = [prepare_video(video, MediaOptions(), c, limits, 0).receipt.model_size for c in (config, small)]
+    assert sizes == [(392, 280), (112, 84)]
+    asked = prepare_video(video, MediaOptions(max_pixels=50_000), small, limits, 0)
+    assert asked.receipt.model_size == (168, 112)
+
+
 def test_a_list_of_frames_is_resized_as_pictures_at_its_own_rate(
     config: ModelConfig, defaults: MediaOptions, limits: MediaLimits
 ) -> None:

@@ -115,10 +115,13 @@ def shortened(config: ModelConfig, layers: int | None = None, vision_depth: int 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """config.json in the published, flat spelling."""
     text, vision = config.text, config.vision
+    pad = config.generation.pad_token_id
+    bos = {} if pad is None else {"bos_token_id": pad}  # one token is both
     head_dim = {} if text.head_dim * text.num_heads == text.hidden_size else {"head_dim": text.head_dim}
     return {
         "architectures": [ARCHITECTURE],
         "attention_dropout": 0.0,
+        **bos,
         "eos_token_id": config.generation.eos_token_ids[0],
         "vision_start_token_id": config.vision_start_token_id,
         "vision_end_token_id": config.vision_end_token_id,
@@ -176,10 +179,15 @@ def generation_config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def preprocessor_config_json(config: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json in the published spelling."""
+    """preprocessor_config.json in the published spelling; limits of videos, which the published ones lack, where there are any."""
+    limits = {
+        "video_min_pixels": config.preprocessing.video_min_pixels,
+        "video_max_pixels": config.preprocessing.video_max_pixels,
+    }
     return {
         "min_pixels": config.preprocessing.min_pixels,
         "max_pixels": config.preprocessing.max_pixels,
+        **{name: limit for name, limit in limits.items() if limit is not None},
         "patch_size": config.vision.patch_size,
         "temporal_patch_size": config.vision.temporal_patch_size,
         "merge_size": config.vision.spatial_merge_size,

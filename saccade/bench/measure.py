@@ -218,7 +218,7 @@ def bench(
         peak_device_bytes=peak_device,
         machine=machine,
         load_average=load_average,
-        command=shlex.join(sys.argv),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     if options.against is not None:

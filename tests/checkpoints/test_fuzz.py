@@ -28,7 +28,7 @@ from saccade.checkpoints.shards import Shards
 
 from .making import SMALL, random_tensors, write_checkpoint, write_sharded
 
-MAX_CASE_S = 5.0
+MAX_CASE_S = 30.0  # of this process's own work: what takes longer hangs
 MAX_GROWTH_BYTES = 200 << 20  # the headers of a config that claims 10,000 layers; its weights would be terabytes
 
 NASTY: list[Any] = [
@@ -41,7 +41,7 @@ NASTY: list[Any] = [
 @contextmanager
 def bounded(case: object) -> Iterator[None]:
     """Only a CheckpointError with a message of moderate length may come out, and soon."""
-    start = time.monotonic()
+    start = time.process_time()
     message = ""
     try:
         yield
@@ -50,7 +50,7 @@ def bounded(case: object) -> Iterator[None]:
     except Exception as error:
         raise AssertionError(f"case {case}: {type(error).__name__}: {error}") from error
     assert len(message) < 20_000, case
-    assert time.monotonic() - start < MAX_CASE_S, case
+    assert time.process_time() - start < MAX_CASE_S, case
 
 
 @pytest.fixture(autouse=True)

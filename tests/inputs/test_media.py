@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import struct
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -337,7 +336,6 @@ BOMB_ANSWERS = "exceeds the limit|scans|before its first picture|more than the f
 def test_a_bomb_is_refused_and_costs_nothing(name: str) -> None:
     data = bombs()[name]
     tracemalloc.start()
-    started = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -346,7 +344,6 @@ def test_a_bomb_is_refused_and_costs_nothing(name: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 2
     assert peak < 3 * len(data) + (1 << 20)
 
 

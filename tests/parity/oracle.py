@@ -189,7 +189,7 @@ class Oracle:
             rows = [patches(m.frames, config) for m in prompt.media if m.receipt.kind == kind]
             if rows:
                 inputs |= {pixels: torch.cat(rows).to(self.model.dtype), grid: _grids(prompt, (kind,))}
-        kinds = (ids == SPECIAL["image"]).int() + 2 * (ids == SPECIAL["video"]).int()
+        kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
         positions = prompt.positions[:, None]
         return self.model(input_ids=ids, position_ids=positions, mm_token_type_ids=kinds, **inputs, **more)
 

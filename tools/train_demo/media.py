@@ -24,7 +24,7 @@ from PIL import Image
 from saccade.api import LLM, messages_for
 from saccade.engine.options import SamplingParams
 from tools.train_demo import tasks
-from tools.train_demo.evaluate import is_right
+from tools.train_demo.evaluate import boxes, is_right, overlap
 from tools.train_demo.scenes import HELD_OUT_PAIRS, Clip, Scene, draw_clip, draw_picture
 from tools.train_demo.tasks import Turn
 
@@ -129,7 +129,10 @@ def answered(llm: LLM, names: tuple[Path, ...], ask: Ask, subject: Any) -> dict[
         output = llm.chat(messages_for(turn.question, images, videos), SamplingParams(max_tokens=200))[0]
         # Boxes are asked in the resized picture's pixels: judge by what the scene says.
         expected = rescaled(turn, subject, output.media[0].model_size) if turn.task == "box" else turn
-        if is_right(expected, output.outputs[0].text.strip()):
+        text = output.outputs[0].text.strip()
+        if is_right(expected, text) and (
+            turn.task != "box" or overlap(boxes(text)[0], boxes(expected.answer)[0]) > 0.75
+        ):
             return {"media": [path.name for path in names], "question": turn.question, "answer": expected.answer}
     return None
 

@@ -1,4 +1,4 @@
-"""What the program says about its own running: one logger, stage times, memory, progress.
+"""What the program says about its own running: one logger, memory, progress.
 
 Knows clocks, this process and the terminal; knows nothing of what is measured. Quiet unless somebody listens.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,26 +15,6 @@ import psutil
 
 logger = logging.getLogger("saccade")
 logger.addHandler(logging.NullHandler())
-
-
-class StageTimes:
-    """Seconds by stage name, summed over visits, in order of first visit."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside, also when an exception ends it. Work queued on a device has to be waited for inside."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    @property
-    def total_s(self) -> float:
-        return sum(self.seconds.values())
 
 
 def current_rss_bytes() -> int:

@@ -93,13 +93,6 @@ def open_encoded(source: object, max_bytes: int, limits: MediaLimits) -> Encoded
     )
 
 
-def is_encoded(source: object) -> bool:
-    """Whether `open_encoded` is the way to this source (else it is pixels, or no medium)."""
-    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or (
-        hasattr(source, "read") and not isinstance(source, Image.Image)
-    )
-
-
 def _open_file(path: str, max_bytes: int, limits: MediaLimits) -> Encoded:
     label = _shorten(path)
     if not limits.allow_local_paths:

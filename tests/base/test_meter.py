@@ -1,4 +1,4 @@
-"""Stage times, memory and progress."""
+"""Memory and progress."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ from pathlib import Path
 import pytest
 
 from saccade.base import meter
-
-
-def test_stages_add_up_over_visits_in_order_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 23.0])
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
-    times = meter.StageTimes()
-    for name in ("read", "run", "read"):
-        with times.stage(name):
-            pass
-    assert times.seconds == {"read": 4.0, "run": 2.0}
-    assert times.total_s == 6.0
-
-
-def test_a_stage_that_fails_is_timed_too() -> None:
-    times = meter.StageTimes()
-    with pytest.raises(ValueError, match="no"), times.stage("read"):
-        raise ValueError("no")
-    assert list(times.seconds) == ["read"]
 
 
 def test_memory_held_now_is_at_most_the_peak() -> None:

@@ -31,6 +31,8 @@ T = TypeVar("T")
 # Self-contained formats only: playlists (HLS, DASH, concat) would have the demuxer open what they name.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif,asf"
 _SEEKABLE = ("mov", "matroska")  # their indices name key frames exactly
+# How text that is no UTF-8 is passed over; PyAV 19 needs not be told, and takes no such word.
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 _WORTH_A_SEEK = 16  # frames skipped
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra")
 _MOST_BOXES = 100_000  # looked at; fragmented files have two per fragment
@@ -264,7 +266,7 @@ class _Video:
             self._file,
             mode="r",
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none", **max_pixels},
-            metadata_errors="ignore",
+            **_LENIENT,
         )
         for stream in self._container.streams.video:
             is_cover_art = stream.disposition & av.stream.Disposition.attached_pic

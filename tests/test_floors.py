@@ -52,7 +52,7 @@ FLOORS: list[dict[str, list[str]]] = [
     },
     {"outputs": []},
     {"api": [], "drawing": []},
-    {"demo": [], "bench": ["options", "work", "machine", "model", "against", "measure"], "doctor": []},
+    {"evals": ["item"], "demo": [], "bench": ["options", "work", "machine", "model", "against", "measure"], "doctor": []},
     {"cli": []},
 ]
 

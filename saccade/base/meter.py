@@ -70,6 +70,11 @@ def _control_group_room(membership: Path, root: Path) -> Iterator[int]:
             yield max(0, room + int(statistics.get(cache, 0)))
 
 
+def gigabytes(size_bytes: int) -> str:
+    """A size for people: 4.09 GB, 12.3 MB."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
+
+
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal's stderr, and silence elsewhere. Yields `advance(count)`."""

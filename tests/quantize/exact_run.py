@@ -23,7 +23,7 @@ SAME_ARITHMETIC = {
 def main(case: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
-    from saccade.cli import script_options
+    from saccade.cli.flags import script_options
     from saccade.quantize.pipeline import quantize_exact
     from saccade.quantize.recipe import ExactRecipe
 

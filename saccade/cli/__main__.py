@@ -1,0 +1,5 @@
+"""`python -m saccade.cli`, where the `saccade` command is not installed."""
+
+from saccade.cli.commands import main
+
+main()

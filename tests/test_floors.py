@@ -37,6 +37,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {
         "grounding": [],
         "quantize": [
+            "report",
             "recipe",
             "calibration",
             "forward",

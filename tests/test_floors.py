@@ -53,6 +53,7 @@ FLOORS: list[dict[str, list[str]]] = [
     },
     {"outputs": []},
     {"api": [], "drawing": []},
+    {"scoring": []},
     {
         "evals": ["item"],
         "demo": [],

@@ -106,7 +106,9 @@ def _step(llm: LLM, scheduler: Scheduler, by_request: Mapping[int, _Forced]) -> 
     first_row = 0
     for chunk in chunks:
         forced = by_request[chunk.request.id]
-        first = max(chunk.start, forced.next_position)  # a request that was preempted has some of its rows already
+        first = max(
+            chunk.start, forced.num_prompt - 1
+        )  # blocks for all tokens are held at admission: no row comes twice
         rows = range(first_row + first - chunk.start, first_row + chunk.length)
         forced.rows.extend(engine.runner.logits(hidden, rows))
         first_row += chunk.length
@@ -138,10 +140,6 @@ class _Forced:
             eos_token_ids=frozenset(),
         )
         self.request.output_ids = list(token_ids[:-1])  # the last one predicts nothing we look at
-
-    @property
-    def next_position(self) -> int:
-        return self.num_prompt - 1 + len(self.rows)
 
     @property
     def is_done(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from saccade.base.errors import DeviceError, OptionError, PromptError, SaccadeEr
 from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
 from saccade.checkpoints.config import ModelConfig
-from saccade.checkpoints.formats import Checkpoint, open_checkpoint
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, open_checkpoint
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
@@ -27,14 +28,14 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Prompt
 from saccade.kernels.choose import choose, choose_device
-from saccade.model.layers import Filling, TensorSource, require_divisible
+from saccade.model.layers import Filling, TensorSource
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
 from saccade.quantize.calibration import Order
 from saccade.quantize.pipeline import Report, quantize_exact
 from saccade.quantize.recipe import ExactRecipe
 from saccade.schemes.affine import loading_scheme
-from saccade.schemes.scheme import DENSE, Scheme
+from saccade.schemes.scheme import DENSE, Scheme, fitting
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -134,7 +135,6 @@ class LLM:
             torch.set_num_threads(options.threads or usable_cpus())
         scheme = loading_scheme(options.quantization)
         model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
-        require_divisible(model, scheme)
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
         weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, scheme)
         if weights > free:
@@ -341,18 +341,12 @@ def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Sc
             )
         return model.weight_bytes(dtype)
     config = model.config if isinstance(model, Checkpoint) else model
-    vision, text = config.vision, config.text
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    merged = vision.hidden_size * vision.merge_unit
-    q_size, kv_size = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    layer = 2 * text.hidden_size * (q_size + kv_size) + 3 * text.hidden_size * text.intermediate_size
-    linears = vision.depth * block + merged * (merged + vision.out_hidden_size) + text.num_layers * layer
-    tables = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
-    rest = tables + vision.patch_values * vision.hidden_size
-    return (
-        int(linears * scheme.bytes_per_weight if not scheme.is_dense else linears * dtype.itemsize)
-        + rest * dtype.itemsize
-    )
+    total = 0.0
+    for name, shape in expected_tensors(config).items():
+        is_linear = len(shape) == 2 and name not in (EMBEDDING, HEAD)
+        stored = fitting(scheme, shape[1]) if is_linear else DENSE
+        total += math.prod(shape) * (dtype.itemsize if stored.is_dense else stored.bytes_per_weight)
+    return int(total)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

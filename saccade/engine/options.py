@@ -78,7 +78,8 @@ class EngineOptions:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16")
     quantization: str | None = option(
-        None, "quantize the linear layers while loading: w8a16, w8a8-dynamic or w4a8-g32 to -g256"
+        None,
+        "quantize the linear layers while loading: w8a16, w4a16-g128, w8a8-dynamic, w4a8-g128, fp8; groups: 32 to 256",
     )
     source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")

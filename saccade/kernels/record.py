@@ -58,10 +58,16 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, weight: Weight) -> Tensor:
         """x: [T, H]. Returns x W^T + bias, [T, O] in x.dtype.
 
-        Where the scheme quantizes activations, the product is exact in whole numbers; all else is float32, round is half to even:
+        Activations not quantized (dense, w8a16, w4a16): W is what the weight stands for, each number rounded to x.dtype at most;
+        sums in float32 or wider, scales in float32.
+        Quantized, the weight's scale one for each row (w8a8, w8a8-dynamic, w4a8): the product is exact in whole numbers; all else
+        is float32, round is half to even. q: the weight's whole numbers, group scales multiplied in (`integer_values`).
         static: x_q = clamp(round(x / s + z), -128, 127); y = (x_q q^T + quant_bias) * deq_scale, without the bias.
         dynamic: s_t = max |x[t]| / 127 (tiny if 0), x_q = round(x / s_t); y = (x_q q^T * s_t) * scale + bias.
-        q: the weight's whole numbers, its group scales multiplied in.
+        Quantized, a scale for each group (w4a8-float): x_q and s_t as in dynamic; y = s_t * sum_g (x_q,g q_g^T) * scale_g + bias,
+        the product of a group exact in whole numbers, the sum over groups float32 in any order.
+        fp8: s_t = max |x[t]| / 448 (tiny if 0), x_q = e4m3(x / s_t), half to even; y = (x_q q^T * s_t) * scale + bias, the products
+        (exact in float32) summed in float32 in any order.
         """
 
 

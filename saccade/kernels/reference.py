@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments
-from saccade.schemes.affine import integer_values, quantize_rows_int8
+from saccade.schemes.affine import dequantize, integer_values, quantize_rows_fp8, quantize_rows_int8
 from saccade.schemes.scheme import Static, Weight
 
 FEW_ROWS = 32  # up to here a linear layer is bound by reading its weights, not by arithmetic
@@ -24,38 +24,58 @@ EXACT_COLUMNS = 1024  # products of two int8 are at most 2^14; up to 2^24, float
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     if weight.scheme.activation != "none":
-        return _integer_linear(x, weight)
-    if weight.scale is None:
+        return _quantized_linear(x, weight)
+    if weight.scheme.is_dense:
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 <= len(x) <= FEW_ROWS:
             return _few_rows(x, weight.values, weight.bias)
         return F.linear(x, weight.values, weight.bias)
-    y = F.linear(x, weight.values.to(x.dtype)) * weight.scale.to(x.dtype)
+    return _weight_only_linear(x, weight)
+
+
+def _weight_only_linear(x: Tensor, weight: Weight) -> Tensor:
+    """Whole numbers with one scale for a row are multiplied as they are, exact in bfloat16 and float32; the scale is float32.
+
+    In float16, which such sums may leave, and with a scale for each group, the weight is dequantized in float32 and rounded to
+    x.dtype, some of its rows at a time.
+    """
+    assert weight.scale is not None, f"{weight.scheme.name} weights have scales"
+    if weight.scale.ndim == 1 and x.dtype != torch.float16:
+        y = (F.linear(x, weight.values.to(x.dtype)).float() * weight.scale).to(x.dtype)
+    else:
+        tile = OUTPUT_TILE if x.device.type == "cpu" else max(weight.out_features, 1)
+        rows = [slice(first, first + tile) for first in range(0, weight.out_features, tile)]
+        y = torch.cat([F.linear(x, dequantize(weight, each).to(x.dtype)) for each in rows], dim=1)
     return y if weight.bias is None else y + weight.bias
 
 
-def _integer_linear(x: Tensor, weight: Weight) -> Tensor:
-    """The product in whole numbers; only the scales are floating point, and those float32 (see Linear in the record).
+def _quantized_linear(x: Tensor, weight: Weight) -> Tensor:
+    """Quantized activations. In whole numbers but for the scales, which are float32, where a row has one; else float32.
 
     ms for 11008 x 2048, torch 2.13, one thread of a Xeon with AMX, 1 and 256 rows: dense bfloat16 3.7 and 22.4, 8 bits 2.2 and
     12.6, 4 bits, whose values are unpacked each time, 11.9 and 22.4.
     """
     assert weight.scale is not None, f"{weight.scheme.name} weights have scales"
+    is_integer = weight.scale.ndim == 1 and not weight.scheme.is_float
     out = x.new_empty(len(x), weight.out_features)
-    tile = OUTPUT_TILE if x.device.type == "cpu" else weight.out_features
+    tile = OUTPUT_TILE if x.device.type == "cpu" else max(weight.out_features, 1)
     for row in range(0, len(x), INPUT_TILE):
         rows = slice(row, row + INPUT_TILE)
         if weight.static is not None:
             x_q, x_scale = quantize_static(x[rows], weight.static), None
         else:
-            x_q, x_scale = quantize_rows(x[rows])
+            x_q, x_scale = (quantize_rows_fp8 if weight.scheme.is_float else quantize_rows)(x[rows])
         for first in range(0, weight.out_features, tile):
             outputs = slice(first, first + tile)
-            total = int_matmul(x_q, integer_values(weight, outputs))
             if weight.static is not None:
+                total = int_matmul(x_q, weight.values[outputs])
                 y = total.add_(weight.static.quant_bias[outputs]).float().mul_(weight.static.deq_scale[outputs])
             else:
                 assert x_scale is not None, "dynamic activations have a scale for each row"
-                y = total.float().mul_(x_scale[:, None]).mul_(weight.scale[outputs])
+                if is_integer:
+                    y = int_matmul(x_q, integer_values(weight, outputs)).float()
+                    y.mul_(x_scale[:, None]).mul_(weight.scale[outputs])
+                else:
+                    y = (x_q.float() @ dequantize(weight, outputs).t()).mul_(x_scale[:, None])
                 if weight.bias is not None:
                     y += weight.bias[outputs].float()
             out[rows, outputs] = y  # rounds to x.dtype

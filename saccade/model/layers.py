@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from saccade.base.errors import CheckpointError, OptionError
+from saccade.base.errors import CheckpointError
 from saccade.kernels.record import Kernels
 from saccade.schemes.affine import quantize_weight
-from saccade.schemes.scheme import DENSE, GROUP_SIZES, W4A8, Scheme, Weight, stack
+from saccade.schemes.scheme import DENSE, Scheme, Weight, fitting, stack
 
 
 class TensorSource(Protocol):
@@ -30,7 +30,10 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Filling:
-    """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense."""
+    """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense.
+
+    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names.
+    """
 
     source: TensorSource
     dtype: torch.dtype
@@ -76,7 +79,7 @@ class Linear(nn.Module):
     def fill(self, filling: Filling) -> None:
         self.weight = self._stored(filling) or self._dense(filling)
         if self.weight.scheme.is_dense and self.is_quantizable and not filling.scheme.is_dense:
-            self.weight = quantize_weight(self.weight, filling.scheme)
+            self.weight = quantize_weight(self.weight, fitting(filling.scheme, self.in_features))
 
     def _stored(self, filling: Filling) -> Weight | None:
         """The weight as the source holds it quantized, None if it does not. Parts are joined, one linear twice in memory."""
@@ -165,19 +168,6 @@ def fill(module: nn.Module, filling: Filling) -> None:
     for layer in module.modules():
         if isinstance(layer, Filled):
             layer.fill(filling)
-
-
-def require_divisible(module: nn.Module, scheme: Scheme) -> None:
-    """Raises OptionError naming the first layer below `module` whose columns the scheme's groups do not divide."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear) and layer.is_quantizable]
-    unfit = [layer for layer in layers if scheme.group_size and layer.in_features % scheme.group_size]
-    if unfit:
-        fitting = [size for size in GROUP_SIZES if all(layer.in_features % size == 0 for layer in layers)]
-        smaller = f"{W4A8[max(fitting)].name}, " if fitting else ""
-        raise OptionError(
-            f"group size {scheme.group_size} of {scheme.name} does not divide the {unfit[0].in_features} columns of "
-            f"{next(iter(unfit[0].parts))}; use {smaller}w8a8-dynamic or w8a16"
-        )
 
 
 def bytes_per_linear_value(module: nn.Module) -> float:

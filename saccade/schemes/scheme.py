@@ -22,32 +22,63 @@ GROUP_SIZES = (32, 64, 128, 256)
 class Scheme:
     """How a linear layer's numbers are stored and multiplied.
 
-    Weights are symmetric. `activation` says what its input becomes before the product: nothing ("none"), int8 by a scale
-    and zero point fixed in calibration ("static"), or int8 by each token's own scale ("dynamic").
+    Weights are whole numbers of 8 or 4 bits, or e4m3 floating-point numbers of 8 (`is_float`). `activation` says what the
+    input becomes before the product: nothing ("none"), 8 bits of the weight's kind by each token's own scale ("dynamic"), or
+    int8 by a scale and zero point fixed in calibration ("static").
+    Groups of columns have scales of their own: whole numbers times the row's scale (`is_two_stage`, QServe, arXiv
+    2405.04532: the product of a whole row stays in whole numbers), or floating point.
     """
 
     name: str
     weight_bits: int
     activation: Literal["none", "static", "dynamic"] = "none"
     group_size: int | None = None
+    is_two_stage: bool = False
+    is_float: bool = False
 
     @property
     def is_dense(self) -> bool:
         return self.weight_bits == 16
 
     @property
+    def has_float_groups(self) -> bool:
+        """Whether scales are [O, H/G] float32 rather than [O]."""
+        return self.group_size is not None and not self.is_two_stage
+
+    @property
     def bytes_per_weight(self) -> float:
-        """Of a quantized weight, the scales of its groups included, those of its rows not."""
-        return self.weight_bits / 8 + (1 / self.group_size if self.group_size else 0)
+        """Of a quantized weight, the scales of its groups included, those of its rows and zero points not."""
+        scale_bytes = 0 if self.group_size is None else (1 if self.is_two_stage else 4) / self.group_size
+        return self.weight_bits / 8 + scale_bytes
 
 
 DENSE = Scheme("dense", 16)
 W8A16 = Scheme("w8a16", 8)  # weight-only int8, one scale per output row
 W8A8 = Scheme("w8a8", 8, "static")
 W8A8_DYNAMIC = Scheme("w8a8-dynamic", 8, "dynamic")
-W4A8 = {size: Scheme(f"w4a8-g{size}", 4, "dynamic", size) for size in GROUP_SIZES}  # by group size
+FP8 = Scheme("fp8", 8, "dynamic", is_float=True)  # e4m3, one scale per output row
+# By group size: weight-only int4; int4 with int8 activations, preferred; the same as other tools write it.
+W4A16 = {size: Scheme(f"w4a16-g{size}", 4, "none", size) for size in GROUP_SIZES}
+W4A8 = {size: Scheme(f"w4a8-g{size}", 4, "dynamic", size, is_two_stage=True) for size in GROUP_SIZES}
+W4A8_FLOAT = {size: Scheme(f"w4a8-float-g{size}", 4, "dynamic", size) for size in GROUP_SIZES}
 
-SCHEMES = {scheme.name: scheme for scheme in (DENSE, W8A16, W8A8, W8A8_DYNAMIC, *W4A8.values())}
+_ALL = (DENSE, W8A16, W8A8, W8A8_DYNAMIC, FP8, *W4A16.values(), *W4A8.values(), *W4A8_FLOAT.values())
+SCHEMES = {scheme.name: scheme for scheme in _ALL}
+
+
+def fitting(scheme: Scheme, num_columns: int) -> Scheme:
+    """What a layer of this many columns takes where `scheme` is asked for: the scheme itself unless its groups do not divide them.
+
+    Then it is the same with the largest smaller groups that do (128 for the 29,568 columns of 72B's down_proj, asked for
+    256), and 8 bits by rows where none do (the 3,420 columns of the vision tower's down_proj).
+    """
+    if scheme.group_size is None or num_columns % scheme.group_size == 0:
+        return scheme
+    family = next(family for family in (W4A16, W4A8, W4A8_FLOAT) if scheme in family.values())
+    sizes = [size for size in family if size < scheme.group_size and num_columns % size == 0]
+    if sizes:
+        return family[max(sizes)]
+    return W8A16 if scheme.activation == "none" else W8A8_DYNAMIC
 
 
 def scheme_of(name: str | None) -> Scheme:
@@ -82,11 +113,15 @@ class Static:
 class Weight:
     """The weight of a linear layer with O outputs and H inputs.
 
-    values: dense, floating point [O, H]; of 8 bits, int8 [O, H]; of 4 bits, uint8 [O, H/2] as `packing.pack` lays them out.
-    scale: [O] float32, quantized only: row o stands for q[o] * scale[o], where q are the values, times their group's scale.
+    values: dense, floating point [O, H]; of 8 bits, int8 or float8_e4m3fn [O, H]; of 4 bits, uint8 [O, H/2] as
+        `packing.pack` lays out whole numbers from -8 to 7.
+    scale: float32, quantized only. By rows [O]: row o stands for q[o] * scale[o], where q are the values, times their group's
+        group_scale if the scheme is of two stages. With floating-point groups [O, H/G]: a value stands for
+        (q - zero) * scale of its row and group.
     bias: [O] in the working type, or None. With static activations it is already in quant_bias: kept, not added.
-    group_scale: [O, H/G] int8, 4 bits only; 1 or more, and small enough that value times group scale fits int8.
+    group_scale: [O, H/G] int8, two stages only; 1 or more, and small enough that value times group scale fits int8.
     static: with static activations only.
+    zero: [O, H/G] int8 from -8 to 7, of weight-only 4 bits from checkpoints that have it; None is 0 everywhere.
     """
 
     values: Tensor
@@ -95,23 +130,26 @@ class Weight:
     scheme: Scheme = DENSE
     group_scale: Tensor | None = None
     static: Static | None = None
+    zero: Tensor | None = None
 
     def __post_init__(self) -> None:
-        scheme, size = self.scheme, self.scheme.group_size
-        dtype = {4: torch.uint8, 8: torch.int8}.get(scheme.weight_bits)
+        scheme = self.scheme
+        dtype = torch.float8_e4m3fn if scheme.is_float else {4: torch.uint8, 8: torch.int8}.get(scheme.weight_bits)
         assert dtype is None or self.values.dtype == dtype, f"values of {scheme.name} are {self.values.dtype}"
         assert (self.scale is None) == scheme.is_dense, f"scales of {scheme.name}"
         assert (self.static is None) == (scheme.activation != "static"), f"calibrated numbers of {scheme.name}"
-        assert (self.group_scale is None) == (size is None), f"group scales of {scheme.name}"
-        if self.scale is not None:
-            assert self.scale.dtype == torch.float32, f"scale is {self.scale.dtype}"
-            assert self.scale.shape == self.values.shape[:1], f"scale has shape {tuple(self.scale.shape)}"
-        if self.group_scale is not None and size is not None:
-            shape = (self.out_features, self.in_features // size)
-            assert self.group_scale.dtype == torch.int8, f"group_scale is {self.group_scale.dtype}"
-            assert self.group_scale.shape == shape, (
-                f"group_scale has shape {tuple(self.group_scale.shape)}, not {shape}"
-            )
+        assert (self.group_scale is None) == (not scheme.is_two_stage), f"group scales of {scheme.name}"
+        assert self.zero is None or scheme in W4A16.values(), f"zero points of {scheme.name}"
+        by_group = (self.out_features, self.in_features // (scheme.group_size or self.in_features or 1))
+        by_row = by_group[:1]
+        for name, tensor, shape, dtype in (
+            ("scale", self.scale, by_group if scheme.has_float_groups else by_row, torch.float32),
+            ("group_scale", self.group_scale, by_group, torch.int8),
+            ("zero", self.zero, by_group, torch.int8),
+        ):
+            if tensor is not None:
+                assert tensor.dtype == dtype, f"{name} is {tensor.dtype}"
+                assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}"
 
     @property
     def out_features(self) -> int:
@@ -124,7 +162,7 @@ class Weight:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it consists of."""
         static = () if self.static is None else (getattr(self.static, field.name) for field in fields(self.static))
-        for tensor in (self.values, self.scale, self.bias, self.group_scale, *static):
+        for tensor in (self.values, self.scale, self.bias, self.group_scale, self.zero, *static):
             if tensor is not None:
                 yield tensor
 
@@ -143,13 +181,15 @@ class Weight:
             bias=_maybe(self.bias, lambda bias: bias.to(device, dtype)),
             group_scale=_maybe(self.group_scale, lambda scale: scale.to(device)),
             static=static,
+            zero=_maybe(self.zero, lambda zero: zero.to(device)),
         )
 
 
 def stack(parts: Mapping[str, Weight]) -> Weight:
     """The weights of modules that see the same input, by name, as one weight: their rows one after the other.
 
-    Raises CheckpointError when they differ in scheme, in having a bias, or in the static scale or zero point of that input.
+    Raises CheckpointError when they differ in scheme, in having a bias or zero points, or in the static scale or zero point of
+    that input.
     """
     (first_name, first), *rest = parts.items()
     if not rest:
@@ -157,9 +197,13 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
     for name, weight in rest:
         if weight.scheme != first.scheme:
             raise _unlike(first_name, name, f"is {first.scheme.name}", f"is {weight.scheme.name}")
-        if (weight.bias is None) != (first.bias is None):
-            has = ("has no bias", "has a bias")
-            raise _unlike(first_name, name, has[first.bias is not None], has[weight.bias is not None])
+        for what, (ours, theirs) in {
+            "a bias": (first.bias, weight.bias),
+            "zero points": (first.zero, weight.zero),
+        }.items():
+            if (ours is None) != (theirs is None):
+                has = (f"has {what}", f"has no {what.removeprefix('a ')}")
+                raise _unlike(first_name, name, has[ours is None], has[theirs is None])
         if first.static is not None and weight.static is not None:
             for what in ("scale", "zero"):
                 ours, theirs = getattr(first.static, what), getattr(weight.static, what)
@@ -181,6 +225,7 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
         first.scheme,
         _joined([weight.group_scale for weight in weights]),
         static,
+        _joined([weight.zero for weight in weights]),
     )
 
 

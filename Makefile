@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -46,5 +46,13 @@ $(VENV)/.check: $(VENV)/.test
 	$(PIP) --editable ".[check]"
 	touch $@
 
+# The C++ kernels of this working tree; an editable install has built them already.
+CMAKE := $(shell command -v cmake || echo $(BIN)/cmake)
+kernels:
+	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
+	$(CMAKE) -S saccade/kernels/csrc -B build/kernels
+	$(CMAKE) --build build/kernels --parallel
+
 clean:
+	git clean -fdXq saccade/kernels
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

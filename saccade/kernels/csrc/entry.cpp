@@ -1,0 +1,24 @@
+// The C interface: what ctypes calls. Each entry point hands its arguments to the kernel of the instruction set in use.
+
+#include <stdint.h>
+
+#include "dispatch.h"
+#include "linear.h"
+#include "pool.h"
+
+#define ENTRY extern "C" __attribute__((visibility("default")))
+
+// --- the machine ---
+
+ENTRY const char* saccade_isa_name(int32_t isa) { return saccade::isa_name(isa); }  // null beyond the last
+ENTRY int32_t saccade_isa_is_supported(int32_t isa) { return saccade::isa_is_supported(isa); }
+ENTRY int32_t saccade_isa() { return saccade::active_isa; }
+ENTRY void saccade_set_isa(int32_t isa) { saccade::active_isa = isa; }
+ENTRY int32_t saccade_num_threads() { return saccade::num_threads(); }
+ENTRY void saccade_set_num_threads(int32_t count) { saccade::set_num_threads(count); }
+
+// --- linear layers ---
+
+ENTRY void saccade_linear(const SaccadeLinear* layer, const void* x, int64_t x_stride, void* y, int64_t rows) {
+  SACCADE_CALL(linear)({*layer, x, x_stride, y, rows});
+}

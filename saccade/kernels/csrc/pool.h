@@ -1,0 +1,43 @@
+// A small pool of threads: the caller and its workers run a task together. Knows no kernels.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace saccade {
+
+using Task = void (*)(void* context, int thread, int num_threads);
+
+int num_threads();
+void set_num_threads(int count);  // at least 1, the caller included; not while a task runs
+
+// Runs task(context, i, n) for every i of 0..n-1, each on a thread of its own, the caller's among them, and returns when all
+// have. n is num_threads(), or 1 where another caller has the workers: a task must be right for any n.
+void run(Task task, void* context);
+
+// function(thread, num_threads), as above.
+template <class Function>
+inline void parallel(Function&& function) {
+  run([](void* context, int thread, int count) { (*static_cast<Function*>(context))(thread, count); }, &function);
+}
+
+// Work handed out in pieces, so that a thread that was held up does less: next() is the next of `count` pieces, or -1.
+class Pieces {
+ public:
+  explicit Pieces(int64_t count) : count_(count) {}
+  int64_t next() {
+    const int64_t piece = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
+    return piece < count_ ? piece : -1;
+  }
+
+ private:
+  int64_t count_;
+  int64_t next_ = 0;
+};
+
+// Memory of the calling thread that lives on between calls, aligned to 64 bytes; its contents do not. nullptr if there is none.
+// A slot is one use of it: a later request for the same slot may move it.
+enum Scratch { SCRATCH_INPUT, SCRATCH_INPUT_SCALES, SCRATCH_PANEL, SCRATCH_SUMS, SCRATCH_OTHER, NUM_SCRATCH };
+void* scratch(Scratch slot, size_t bytes);
+
+}  // namespace saccade

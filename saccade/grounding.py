@@ -68,6 +68,15 @@ def find_boxes(text: str, media: Sequence[MediaReceipt]) -> list[Box]:
     return boxes
 
 
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes of one picture, from 0 to 1."""
+    width = min(a.xyxy[2], b.xyxy[2]) - max(a.xyxy[0], b.xyxy[0])
+    height = min(a.xyxy[3], b.xyxy[3]) - max(a.xyxy[1], b.xyxy[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = [(box.xyxy[2] - box.xyxy[0]) * (box.xyxy[3] - box.xyxy[1]) for box in (a, b)]
+    return shared / (sum(areas) - shared) if shared else 0.0
+
+
 def find_points(text: str, media: Sequence[MediaReceipt]) -> list[Point]:
     """Every {"point_2d": [x, y], ...} of the answer, clipped to the picture."""
     points = []

@@ -55,7 +55,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"api": [], "drawing": []},
     {"scoring": []},
     {
-        "evals": ["item"],
+        "evals": ["item", "metrics", "statistics"],
         "demo": [],
         "bench": ["options", "work", "machine", "model", "against", "measure"],
         "doctor": [],

@@ -13,7 +13,7 @@ from typing import Any
 from saccade.api import LLM, messages_for
 from saccade.drawing import draw_answer
 from saccade.engine.options import SamplingParams
-from saccade.grounding import Box, find_boxes
+from saccade.grounding import find_boxes, overlap
 from saccade.inputs.options import MediaOptions
 from saccade.outputs import CompletionOutput
 
@@ -73,15 +73,6 @@ def is_right(question: Question, answer: CompletionOutput) -> bool:
         a.label.casefold() == b.label.casefold() and overlap(a, b) >= MIN_OVERLAP
         for a, b in zip(found, expected, strict=True)
     )
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes."""
-    width = min(a.xyxy[2], b.xyxy[2]) - max(a.xyxy[0], b.xyxy[0])
-    height = min(a.xyxy[3], b.xyxy[3]) - max(a.xyxy[1], b.xyxy[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = [(box.xyxy[2] - box.xyxy[0]) * (box.xyxy[3] - box.xyxy[1]) for box in (a, b)]
-    return shared / (sum(areas) - shared) if shared else 0.0
 
 
 def run(out: Path) -> int:

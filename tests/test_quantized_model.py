@@ -157,14 +157,14 @@ def test_a_reference_checkpoint_answers(case: str) -> None:
 def write_quantized(source: Path, folder: Path, module_parts: tuple[str, ...] = ("_proj", "attn.")) -> Path:
     """The checkpoint `source` with some linears rounded to W8A8 dynamic, in the files of vLLM Ascend."""
     checkpoint = open_checkpoint(source)
-    tensors, entries = {}, ascend.description_head(W8A8_DYNAMIC, "vllm")
+    tensors, entries = {}, ascend.description_head("W8A8_DYNAMIC", None, "vllm")
     for name in checkpoint.names():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and any(part in name for part in module_parts) and "patch" not in name:
             bias = checkpoint.tensor(f"{module}.bias") if f"{module}.bias" in checkpoint else None
             weight = quantize_weight(Weight(checkpoint.tensor(name), bias=bias), W8A8_DYNAMIC)
             its_tensors = ascend.write(module, weight, "vllm", torch.float32)
-            entries |= ascend.description_entries(its_tensors, weight.scheme)
+            entries |= ascend.description_entries(its_tensors, ascend.tag_of(weight.scheme))
             tensors |= its_tensors
         else:
             tensors[name] = checkpoint.tensor(name)

@@ -29,7 +29,7 @@ from saccade.checkpoints.presets import (
     preprocessor_config_json,
     shortened,
 )
-from saccade.checkpoints.shards import ShardWriter
+from saccade.checkpoints.shard_writer import ShardWriter
 from saccade.checkpoints.stand_in import tokenizer_files
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -23,11 +23,11 @@ from saccade.checkpoints import ascend
 from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
 from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.shards import Shards, TensorInfo
+from saccade.checkpoints.stored import FLOATS, Stored
 from saccade.schemes.scheme import DENSE, Scheme, Weight
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # (prefix in the file, canonical prefix, name of the layout), the first match counts. Anything else is the hub layout.
 _LAYOUTS = (
@@ -49,7 +49,7 @@ class Checkpoint:
     shards: Shards
     layout: str  # "hub", "nested" or "wrapped"
     file_names: Mapping[str, str]  # canonical name -> name in the file
-    description: ascend.Description | None = None  # of a quantized checkpoint
+    stored: Stored | None = None  # of a quantized checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self.file_names
@@ -67,27 +67,29 @@ class Checkpoint:
         """See `Shards.read_into`."""
         self.shards.read_into(self._in_file(name), out, rows, columns)
 
+    def is_quantized(self, module: str) -> bool:
+        return self.stored is not None and self.stored.is_quantized(module)
+
     def scheme(self, module: str) -> Scheme:
         """How the weight of `module` is stored."""
-        return DENSE if self.description is None else ascend.scheme_of_module(self, self.description, module)
+        stored = self.stored
+        return DENSE if stored is None or not stored.is_quantized(module) else stored.scheme(self, module)
 
     def weight(self, module: str) -> Weight | None:
         """The quantized weight of a linear, its bias in the file's type; None if it is stored dense."""
-        if self.description is None or self.scheme(module).is_dense:
-            return None
-        return ascend.read(self, self.description, module)
+        stored = self.stored
+        return None if stored is None or not stored.is_quantized(module) else stored.read(self, module)
 
     @property
     def quantization(self) -> str | None:
         """How the checkpoint is quantized, in a few words; None when it is not."""
-        if self.description is None:
+        if self.stored is None:
             return None
         names = [name for name, shape in expected_tensors(self.config).items() if len(shape) == 2 and name != EMBEDDING]
-        count = sum(self.description.tag(name.removesuffix(".weight")) != ascend.FLOAT for name in names)
-        dialect = {"vllm": "vLLM Ascend", "mindie": "MindIE"}[self.description.dialect]
+        count = sum(self.is_quantized(name.removesuffix(".weight")) for name in names)
         return (
-            f"{printable(self.description.kind)}, {count} of {len(names)} linear layers "
-            f"({dialect} format, {self.description.file.name})"
+            f"{self.stored.summary}, {count} of {len(names)} linear layers "
+            f"({self.stored.format_name} format, {self.stored.source})"
         )
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
@@ -189,14 +191,14 @@ def verify(checkpoint: Checkpoint) -> None:
 def find_problems(checkpoint: Checkpoint) -> list[str]:
     """What keeps the checkpoint from being loaded, a line each: from headers alone, and what a quantized one adds to norms."""
     expected = expected_tensors(checkpoint.config)
-    description = checkpoint.description
+    stored = checkpoint.stored
     quantized: list[str] = []
     strangers = [name for name in checkpoint.file_names if name not in expected]
     missing, misshaped = [], []
     for name, shape in expected.items():
         module = name.removesuffix(".weight")
-        if description is not None and name.endswith(".weight") and description.tag(module) != ascend.FLOAT:
-            quantized += ascend.find_problems(checkpoint, description, module, shape)
+        if stored is not None and name.endswith(".weight") and stored.is_quantized(module):
+            quantized += stored.find_problems(checkpoint, module, shape)
             continue
         if name not in checkpoint:
             missing.append(name)
@@ -207,9 +209,9 @@ def find_problems(checkpoint: Checkpoint) -> list[str]:
             misshaped.append(
                 f"{info.name} in {info.file} has shape {list(info.shape)}, config.json implies {list(shape)}; {remedy}"
             )
-        elif info.dtype not in PLAIN_DTYPES:
+        elif info.dtype not in FLOATS:
             kind = str(info.dtype).removeprefix("torch.")
-            hint = f" of a layer that {description.file.name} does not list as quantized" if description else ""
+            hint = f" of a layer that {stored.source} does not list as quantized" if stored else ""
             misshaped.append(f"{info.name} in {info.file} is {kind}; bfloat16, float16 or float32 is expected{hint}")
     files = [path.name for path in checkpoint.shards.files]
     where = checkpoint.folder / files[0] if len(files) == 1 else f"the {len(files)} shards of {checkpoint.folder}"
@@ -221,7 +223,7 @@ def find_problems(checkpoint: Checkpoint) -> list[str]:
         absent = [
             f"{HEAD} is missing from {where}; if the head is the embedding, set tie_word_embeddings to true in config.json"
         ]
-    norms = ascend.find_norm_problems(checkpoint, _norms(expected)) if description is not None else []
+    norms = ascend.find_norm_problems(checkpoint, _norms(expected)) if stored is not None else []
     return absent + misshaped + quantized + norms
 
 
@@ -229,7 +231,7 @@ def find_strangers(checkpoint: Checkpoint) -> list[str]:
     """Canonical names of tensors the model does not have, harmless; a tied model's head, a copy of its embedding, is none."""
     expected = expected_tensors(checkpoint.config)
     strangers = [name for name in checkpoint.file_names if name not in expected and name != HEAD]
-    if checkpoint.description is not None:  # what belongs to a layer the model has: scales, and what norms carry
+    if checkpoint.stored is not None:  # what belongs to a layer the model has: scales, and what norms carry
         modules = {name.removesuffix(".weight") for name in expected}
         strangers = [name for name in strangers if name.rpartition(".")[0].removesuffix(".module") not in modules]
     return strangers

@@ -30,7 +30,7 @@ from saccade.checkpoints.formats import (
     require_tokenizer,
 )
 from saccade.checkpoints.json_file import read_json
-from saccade.checkpoints.shards import FileNames, ShardWriter
+from saccade.checkpoints.shard_writer import FileNames, ShardWriter
 from saccade.geometry import token_positions
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches

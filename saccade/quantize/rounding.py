@@ -84,9 +84,3 @@ def round_weight_4bit(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, 
     second = (groups.abs().amax(2) / MAX_SECOND).clamp_(min=1).round_()
     values = (groups / second[:, :, None]).round_().clamp_(-8, 7)
     return values.view(weight.shape).to(torch.int8), first, second
-
-
-def scaled_values(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """[O, H] float32: q4 * s2 * s1 with both scales rounded to bfloat16 on the way, as scale_bias is computed from."""
-    groups = values.float().view(*second.shape, -1) * second.to(torch.bfloat16)[:, :, None]
-    return groups.view(values.shape) * first.to(torch.bfloat16)

@@ -17,13 +17,15 @@ from saccade.checkpoints import ascend
 from saccade.checkpoints.describe import describe
 from saccade.checkpoints.formats import Checkpoint, find_strangers, open_checkpoint
 from saccade.checkpoints.presets import config_json
+from saccade.checkpoints.shards import TensorInfo
 from saccade.schemes.affine import dequantize, integer_values, quantize_weight
-from saccade.schemes.scheme import SCHEMES, W4A8, W8A8, W8A8_DYNAMIC, Scheme, Static, Weight
+from saccade.schemes.packing import unpack
+from saccade.schemes.scheme import W4A8, W8A8, W8A8_DYNAMIC, Scheme, Static, Weight
 from tests.goldens import CASES, GOLDENS, needs_goldens
 
 from .making import SMALL, random_tensors, write_configs, write_json, write_sharded
 
-QUANTIZED = [scheme for scheme in SCHEMES.values() if not scheme.is_dense]
+QUANTIZED = list(ascend.TAGS)
 FLOAT_LAYERS = ("down_proj", "merger", "lm_head", "embed_tokens", "patch_embed")
 Q = "model.layers.1.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -51,7 +53,7 @@ def quantized_files(
     scheme: Scheme, dialect: ascend.Dialect = "vllm", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensors, Entries, dict[str, Weight]]:
     """A small model with the usual layers quantized, as files hold it: tensors, description, and the weights meant."""
-    tensors, entries, weights = {}, ascend.description_head(scheme, dialect), {}
+    tensors, entries, weights = {}, ascend.description_head(ascend.tag_of(scheme), scheme.group_size, dialect), {}
     plain = random_tensors(dtype=dtype)
     for name, tensor in plain.items():
         module, _, kind = name.rpartition(".")
@@ -65,14 +67,14 @@ def quantized_files(
         weights[module] = quantized(Weight(tensor, bias=plain.get(f"{module}.bias")), scheme)
         its_tensors = ascend.write(module, weights[module], dialect, dtype)
         tensors |= its_tensors
-        entries |= ascend.description_entries(its_tensors, scheme)
+        entries |= ascend.description_entries(its_tensors, ascend.tag_of(scheme))
     return tensors, entries, weights
 
 
 def write_folder(folder: Path, tensors: Tensors, entries: Entries, scheme: Scheme, dialect: ascend.Dialect) -> Path:
     write_configs(folder)
-    save_file(tensors, folder / f"{ascend.weights_stem(scheme)}.safetensors")
-    write_json(folder / ascend.description_name(scheme, dialect), entries)
+    save_file(tensors, folder / f"{ascend.weights_stem(ascend.tag_of(scheme))}.safetensors")
+    write_json(folder / ascend.description_name(ascend.tag_of(scheme), dialect), entries)
     return folder
 
 
@@ -124,9 +126,9 @@ class InMemory:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def info(self, name: str) -> ascend.TensorInfo:
+    def info(self, name: str) -> TensorInfo:
         tensor = self.tensors[name]
-        return ascend.TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path("memory"), 0, tensor.nbytes)
+        return TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path("memory"), 0, tensor.nbytes)
 
 
 def description(tags: dict[str, str]) -> ascend.Description:
@@ -175,21 +177,24 @@ def test_types_and_shapes_on_disk_are_those_of_the_format() -> None:
 
 
 def test_names_of_files_and_the_head_of_the_description() -> None:
-    assert ascend.description_name(W8A8, "vllm") == "quant_model_description.json"
-    assert ascend.description_name(W4A8[256], "mindie") == "quant_model_description_w4a8_dynamic.json"
-    assert ascend.weights_stem(W8A8_DYNAMIC) == "quant_model_weight_w8a8_dynamic"
+    assert ascend.description_name("W8A8", "vllm") == "quant_model_description.json"
+    assert ascend.description_name("W4A8_DYNAMIC", "mindie") == "quant_model_description_w4a8_dynamic.json"
+    assert ascend.weights_stem("W8A8_DYNAMIC") == "quant_model_weight_w8a8_dynamic"
     head = {"version": "1.0.0", "model_quant_type": "W4A8_DYNAMIC", "group_size": 256}
-    assert list(ascend.description_head(W4A8[256], "vllm").items()) == list(head.items())
-    assert ascend.description_head(W8A8, "mindie") == {"model_quant_type": "W8A8"}
-    assert ascend.description_entries(["x.weight", "x.bias"], W8A8) == {"x.weight": "W8A8", "x.bias": "FLOAT"}
+    assert list(ascend.description_head("W4A8_DYNAMIC", 256, "vllm").items()) == list(head.items())
+    assert ascend.description_head("W8A8", None, "mindie") == {"model_quant_type": "W8A8"}
+    assert ascend.description_entries(["x.weight", "x.bias"], "W8A8") == {"x.weight": "W8A8", "x.bias": "FLOAT"}
 
 
 def test_scale_bias_is_eight_times_the_sums_of_the_rows() -> None:
     weight = quantize_weight(Weight(torch.randn(4, 64)), W4A8[32])
+    assert weight.scale is not None
+    assert weight.group_scale is not None
+    parts = unpack(weight.values), weight.scale[:, None], weight.group_scale.float()
     near = dequantize(weight)
-    torch.testing.assert_close(ascend.scale_bias(UP, weight)[:, 0], 8 * near.sum(1), rtol=0.02, atol=0.3)
+    torch.testing.assert_close(ascend.scale_bias(UP, *parts)[:, 0], 8 * near.sum(1), rtol=0.02, atol=0.3)
     torch.testing.assert_close(
-        ascend.scale_bias("x.o_proj", weight), 8 * near.view(4, 16, 4).sum(2), rtol=0.02, atol=0.1
+        ascend.scale_bias("x.o_proj", *parts), 8 * near.view(4, 16, 4).sum(2), rtol=0.02, atol=0.1
     )
 
 
@@ -198,14 +203,14 @@ def test_shards_with_an_index_of_any_name_are_read(tmp_path: Path, scheme: Schem
     tensors, entries, weights = quantized_files(scheme)
     write_configs(tmp_path)
     write_sharded(tmp_path, tensors)
-    stem = ascend.weights_stem(scheme)
+    stem = ascend.weights_stem(ascend.tag_of(scheme))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     (tmp_path / "model.safetensors.index.json").unlink()
     for file in tmp_path.glob("model-*.safetensors"):
         file.rename(tmp_path / file.name.replace("model", stem, 1))
     renamed = {name: file.replace("model", stem, 1) for name, file in index["weight_map"].items()}
     write_json(tmp_path / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": renamed})
-    write_json(tmp_path / ascend.description_name(scheme, "vllm"), entries)
+    write_json(tmp_path / ascend.description_name(ascend.tag_of(scheme), "vllm"), entries)
     checkpoint = open_checkpoint(tmp_path)
     for module, weight in weights.items():
         assert_same(checkpoint.weight(module), weight)
@@ -235,7 +240,7 @@ def test_a_weight_scale_left_out_follows_from_the_deq_scale(tmp_path: Path) -> N
 def test_norms_may_carry_zero_biases_and_copies(tmp_path: Path) -> None:
     tensors, entries, _ = quantized_files(W8A8, "mindie")
     norm = "model.layers.0.input_layernorm"
-    extra, tags = ascend.quantized_norm(norm, tensors[f"{norm}.weight"], W8A8, "mindie")
+    extra, tags = ascend.quantized_norm(norm, tensors[f"{norm}.weight"], "W8A8", "mindie")
     assert list(tags.items()) == [
         (f"{norm}.weight", "FLOAT"),
         (f"{norm}.bias", "FLOAT"),
@@ -388,9 +393,9 @@ def golden(case: str) -> tuple[Checkpoint, Tensors]:
 @pytest.mark.parametrize("case", CASES)
 def test_reference_files_come_back_byte_for_byte(case: str) -> None:
     checkpoint, tensors = golden(case)
-    assert checkpoint.description is not None
-    dialect = checkpoint.description.dialect
-    entries = json.loads(checkpoint.description.file.read_text())
+    assert checkpoint.stored is not None
+    dialect = checkpoint.stored.dialect
+    entries = json.loads(checkpoint.stored.file.read_text())
     count = 0
     for module in [name.removesuffix(".weight") for name, t in tensors.items() if t.dtype == torch.int8]:
         weight = checkpoint.weight(module)
@@ -400,12 +405,12 @@ def test_reference_files_come_back_byte_for_byte(case: str) -> None:
         for name, tensor in written.items():
             assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
             assert torch.equal(tensor, tensors[name]), name
-        tags = ascend.description_entries(written, weight.scheme)
+        tags = ascend.description_entries(written, ascend.tag_of(weight.scheme))
         assert list(tags.items()) == [item for item in entries.items() if item[0].rpartition(".")[0] == module]
-        assert list(ascend.description_head(weight.scheme, dialect).items()) == list(
-            itertools.takewhile(lambda item: "." not in item[0], entries.items())
-        )
-        assert checkpoint.description.file.name == ascend.description_name(weight.scheme, dialect)
+        assert list(
+            ascend.description_head(ascend.tag_of(weight.scheme), weight.scheme.group_size, dialect).items()
+        ) == list(itertools.takewhile(lambda item: "." not in item[0], entries.items()))
+        assert checkpoint.stored.file.name == ascend.description_name(ascend.tag_of(weight.scheme), dialect)
         count += 1
     assert count >= 16
     assert find_strangers(checkpoint) == []

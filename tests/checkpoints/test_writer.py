@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
-from saccade.checkpoints.shards import Shards, ShardWriter
+from saccade.checkpoints.shard_writer import ShardWriter
+from saccade.checkpoints.shards import Shards
 
 RAGGED = [torch.int8, torch.float64, torch.bfloat16, torch.float32, torch.bool, torch.float16, torch.uint8, torch.int64]
 
@@ -115,7 +116,7 @@ def test_a_killed_writer_leaves_no_visible_folder(tmp_path: Path) -> None:
     program = f"""
 import os, signal, torch
 from pathlib import Path
-from saccade.checkpoints.shards import ShardWriter
+from saccade.checkpoints.shard_writer import ShardWriter
 writer = ShardWriter(Path({str(tmp_path / "out")!r}), 8)
 writer.add("v", torch.ones(4))
 writer.add("w", torch.ones(4))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.quantize.exact_format import int4_linear, int8_linear, scale_bias
+from saccade.checkpoints import ascend
+from saccade.quantize.exact_format import int4_linear, int8_linear
 from saccade.quantize.rounding import (
     activation_parameters,
     dequantization,
@@ -15,7 +16,6 @@ from saccade.quantize.rounding import (
     round_weight,
     round_weight_4bit,
     row_scale,
-    scaled_values,
 )
 from saccade.schemes.packing import unpack_row_pairs
 
@@ -125,8 +125,12 @@ def test_both_layouts_hold_the_same_four_bit_values(is_mindie: bool) -> None:
 
 
 def test_scale_bias_is_summed_by_the_name_of_the_layer() -> None:
-    """The tower's attention, which no rule names, is written unsummed: a fault of the reference that is kept."""
-    scaled = scaled_values(torch.ones(2, 64, dtype=torch.int8), torch.ones(2, 1), torch.ones(2, 2))
-    assert scale_bias("model.layers.0.self_attn.q_proj", scaled).tolist() == [[512.0], [512.0]]
-    assert scale_bias("model.layers.0.self_attn.o_proj", scaled).tolist() == [[32.0] * 16] * 2
-    assert scale_bias("visual.blocks.0.attn.proj", scaled).shape == (2, 64)
+    """The tower's attention, which no rule of the reference names, is written unsummed: a fault that is kept."""
+    parts = torch.ones(2, 64, dtype=torch.int8), torch.ones(2, 1), torch.ones(2, 2)
+    for as_the_original in (False, True):
+        sums = ascend.scale_bias("model.layers.0.self_attn.q_proj", *parts, as_the_original=as_the_original)
+        assert sums.tolist() == [[512.0], [512.0]]
+        sums = ascend.scale_bias("model.layers.0.self_attn.o_proj", *parts, as_the_original=as_the_original)
+        assert sums.tolist() == [[32.0] * 16] * 2
+    assert ascend.scale_bias("visual.blocks.0.attn.proj", *parts, as_the_original=True).shape == (2, 64)
+    assert ascend.scale_bias("visual.blocks.0.attn.proj", *parts).shape == (2, 16)

@@ -22,6 +22,7 @@ class Program(click.Group):
         "ask": "Answer a question about pictures and videos.",
         "inspect": "Say what a checkpoint holds, and what is wrong with it.",
         "quantize": "Make a smaller checkpoint, equal bit for bit to what msModelSlim would write.",
+        "verify": "Say whether a quantized checkpoint is sound, and how near its model.",
         "doctor": "Say what this machine can do, what is active, and why.",
         "bench": "Measure every stage of an answer, and its distance from the machine's limit.",
         "demo": "Ask the model that ships with Saccade about the pictures that ship with it.",

@@ -1,0 +1,54 @@
+"""`saccade verify`: is a quantized checkpoint sound, and how far is it from the model it was made from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saccade.cli.flags import flags, gather
+from saccade.verify.options import VerifyOptions
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--against", metavar="MODEL", help="the float model it was made from: folder, hub id, or demo")
+@click.option("--image", "images", multiple=True, help="a picture to ask about instead of the shipped ones; repeatable")
+@click.option("--question", default="Please describe this picture in detail.", show_default=True, help="about --image")
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON")
+@click.option("--strict", is_flag=True, help="exit with 1 for warnings, too")
+@flags(VerifyOptions)
+def command(
+    folder: Path,
+    against: str | None,
+    images: tuple[str, ...],
+    question: str,
+    as_json: bool,
+    strict: bool,
+    **values: Any,
+) -> None:
+    """Say whether a quantized checkpoint is sound, whatever tool made it, Ascend's included; exit code 1 if it is not.
+
+    For example: saccade verify w8a8 --against Qwen2.5-VL-3B-Instruct --report w8a8-report
+    """
+    options = gather(VerifyOptions, values)
+
+    from saccade.api import messages_for
+    from saccade.checkpoints.hub import resolve
+    from saccade.demo import questions
+    from saccade.quantize.report import to_json
+    from saccade.verify.verification import render, verify
+
+    if images:
+        conversations = [messages_for(question, [image]) for image in images]
+    else:
+        conversations = [asked.messages for asked in questions() if asked.images]
+    report = verify(folder, None if against is None else resolve(against), conversations, options)
+    if as_json:
+        print(to_json(report))
+    else:
+        render(report, print)
+    if report.verdict == "fail" or (strict and report.verdict == "warn"):
+        sys.exit(1)

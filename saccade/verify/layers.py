@@ -1,0 +1,326 @@
+"""The float and the quantized model side by side, one block of each in memory: the error of every linear and every block.
+
+The rows of both travel through the float model's own forward in one batch, the float model's in the first half, the quantized
+one's in the second, so that nothing of the model is written twice; each block is replaced by one that gives each half to the
+model it belongs to. Besides, the quantized block is run on the float half: what it then does wrong is its own doing.
+
+Smoothing and rotation change tensors and not the function, so tensors are compared where the function pins them:
+- the residual stream, up to one orthogonal map, which is found from the two embeddings;
+- q, k, v and up, up to a positive factor of each channel, which the layer after undoes, and which is fitted;
+- everything else as it is.
+Letters: T rows, O outputs, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.base.meter import progress
+from saccade.checkpoints.formats import EMBEDDING, Checkpoint
+from saccade.kernels.record import Kernels, Segments
+from saccade.model.language import DecoderLayer, WholeSequences
+from saccade.model.layers import Embedding, Filled, Filling, Linear, Norm, fill
+from saccade.model.qwen2_5_vl import Qwen2_5_VL
+from saccade.model.vision import Merger, VisionBlock
+from saccade.quantize.report import KINDS, QUANTILES, BlockMeasure, InputRange, LayerMeasure, sqnr_db
+from saccade.schemes.scheme import Static
+from saccade.verify.samples import Packed, Sample, pack
+
+FREE_OUTPUTS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")  # up to a factor of each channel
+RESIDUAL_OUTPUTS = ("o_proj", "mlp.down_proj", "merger.mlp.2")  # of the language model: in the stream's basis
+SAME_BASIS = 1e-3  # relative distance of two embeddings up to which the stream is taken to be unrotated
+FITTED_ROWS = 4  # per width, of the embedding, that a rotation is found from
+
+
+@dataclass
+class SideBySide:
+    """What a run measured, and the logits [A, V] float32 of both models for the samples' answers."""
+
+    layers: list[LayerMeasure] = field(default_factory=list)
+    blocks: list[BlockMeasure] = field(default_factory=list)
+    exact: Tensor = field(default_factory=lambda: torch.empty(0))
+    quantized: Tensor = field(default_factory=lambda: torch.empty(0))
+    is_rotated: bool = False
+
+
+@torch.inference_mode()
+def run_side_by_side(
+    source: Checkpoint, quantized: Checkpoint, samples: Sequence[Sample], kernels: Kernels, device: torch.device
+) -> SideBySide:
+    """In float32, so that no rounding but the quantization's is measured. The checkpoints have equal configs."""
+    packed = pack(samples, source.config)
+    rotation = find_rotation(source, quantized)
+    found = SideBySide(is_rotated=rotation is not None)
+    exact, other = Qwen2_5_VL(source.config, kernels), Qwen2_5_VL(source.config, kernels)
+    fillings = tuple(Filling(checkpoint, torch.float32, device) for checkpoint in (source, quantized))
+    with progress(sum(1 for _ in exact.blocks()), "comparing") as advance:
+        for (name, ours), (_, theirs) in zip(exact.blocks(), other.blocks(), strict=True):
+            pair = _Pair(name, ours, theirs, fillings, packed, rotation, found, advance)
+            ours.forward = pair.forward
+        if source.config.text.tie_word_embeddings:
+            head = _Pair("lm_head", exact.lm_head, other.lm_head, fillings, packed, rotation, found, advance)
+            head.embeddings = (exact.language.embed_tokens, other.language.embed_tokens)
+            exact.lm_head.forward = head.forward  # type: ignore[method-assign,assignment]
+        logits = _forward(exact, packed, kernels, device)
+    found.exact, found.quantized = (half.float().cpu() for half in logits.chunk(2))
+    return found
+
+
+def _forward(model: Qwen2_5_VL, packed: Packed, kernels: Kernels, device: torch.device) -> Tensor:
+    """Two halves of the same samples. Returns [2 A, V]."""
+    num_tokens = len(packed.token_ids)
+    ids = packed.token_ids.repeat(2).to(device)
+    features = rows = None
+    if packed.patches is not None:
+        features = model.visual(packed.patches.repeat(2, 1).to(device), packed.grids * 2)
+        rows = torch.cat([packed.media_rows, packed.media_rows + num_tokens]).to(device)
+    # The model's own `embed` asks the embedding first, which is a pair here, then places the features.
+    x = model.embed(ids, rows, features)
+    attend = WholeSequences(kernels, packed.lengths * 2)
+    hidden = model(x, packed.positions.repeat(1, 2).to(device), attend)
+    answers = torch.cat([packed.answer_rows, packed.answer_rows + num_tokens]).to(device)
+    return model.head(hidden[answers])
+
+
+# --- a block of each -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pair:
+    """Stands in for a block of the float model: fills both blocks, runs them on their halves, measures, forgets them."""
+
+    name: str
+    ours: nn.Module
+    theirs: nn.Module
+    fillings: tuple[Filling, ...]
+    packed: Packed
+    rotation: Tensor | None  # [H, H]: a row x of our stream is x @ rotation in theirs
+    found: SideBySide
+    advance: Callable[[int], None]
+    embeddings: tuple[Embedding, Embedding] | None = None  # of a tied head
+
+    def forward(self, *arguments: Any) -> Any:
+        first, second = ([_half(argument, which) for argument in arguments] for which in (0, 1))
+        with self._filled():
+            is_block = isinstance(self.ours, VisionBlock | DecoderLayer | Merger)
+            with _recorded(self.ours) as seen:
+                exact = type(self.ours).forward(self.ours, *first)
+            if is_block:
+                with _recorded(self.theirs) as seen_there:
+                    alone = type(self.theirs).forward(self.theirs, *self._to_their_basis(first))
+            own = type(self.theirs).forward(self.theirs, *second)
+            if is_block:
+                self._measure_linears(seen, seen_there)
+                self._measure_block(first, exact, alone, own)
+        self.advance(1)
+        if isinstance(exact, tuple):
+            return tuple(torch.cat(halves) for halves in zip(exact, own, strict=True))
+        return torch.cat([exact, own])
+
+    @contextmanager
+    def _filled(self) -> Iterator[None]:
+        for block, filling, number in zip((self.ours, self.theirs), self.fillings, (0, 1), strict=True):
+            if self.embeddings is not None:
+                assert isinstance(block, Linear), "a head is a linear"
+                fill(self.embeddings[number], filling)
+                block.weight = self.embeddings[number].weight
+            else:
+                fill(block, filling)
+        yield
+        for block in (self.ours, self.theirs):
+            empty(block)
+
+    @property
+    def _is_text(self) -> bool:
+        return self.name.startswith("model.")
+
+    def _masks(self) -> dict[str, Tensor]:
+        """Rows by kind of token; in the tower all belong to pictures."""
+        if not self._is_text:
+            return {"picture": torch.ones((), dtype=torch.bool)}
+        return {kind: mask for kind in KINDS if bool((mask := self.packed.mask(kind)).any())}
+
+    def _to_their_basis(self, arguments: list[Any]) -> list[Any]:
+        """A decoder layer's rows, (x, residual, ...), as the quantized model would have them."""
+        if self.rotation is None or not self._is_text:
+            return arguments
+        rows = [None if rows is None else rows @ self.rotation for rows in arguments[:2]]
+        return [*rows, *arguments[2:]]
+
+    def _back(self, rows: Tensor, is_in_stream: bool) -> Tensor:
+        return rows if self.rotation is None or not is_in_stream else rows @ self.rotation.T
+
+    def _measure_linears(self, seen: dict[str, _Seen], seen_there: dict[str, _Seen]) -> None:
+        for module, ours in seen.items():
+            theirs = seen_there[module]
+            is_in_stream = module.endswith(RESIDUAL_OUTPUTS) and (self._is_text or module.endswith("merger.mlp.2"))
+            output = self._back(theirs.output, is_in_stream)
+            if module.endswith(FREE_OUTPUTS):
+                output = output * channel_factors(ours.output, output)
+            self.found.layers.append(
+                LayerMeasure(
+                    module,
+                    theirs.scheme,
+                    {kind: _sqnr(ours.output, output, mask) for kind, mask in self._masks().items()},
+                    ranges=InputRange(_quantiles(ours.input_maxima), _quantiles(theirs.input_maxima)),
+                    clipped=theirs.clipped,
+                    kurtosis=ours.kurtosis,
+                    size_bytes=theirs.size_bytes,
+                )
+            )
+
+    def _measure_block(self, arguments: list[Any], exact: Any, alone: Any, own: Any) -> None:
+        is_in_stream = self._is_text or isinstance(self.ours, Merger)
+        before = 0 if isinstance(self.ours, Merger) else _stream(arguments[0], arguments[1])
+        after, theirs = _stream(*_pair(exact)), self._back(_stream(*_pair(alone)), is_in_stream)
+        carried = self._back(_stream(*_pair(own)), is_in_stream)
+        delta, their_delta = after - before, theirs - before
+        masks = self._masks()
+        self.found.blocks.append(
+            BlockMeasure(
+                self.name,
+                {kind: _sqnr(delta, their_delta, mask) for kind, mask in masks.items()},
+                {kind: _cosine(delta, their_delta, mask) for kind, mask in masks.items()},
+                {kind: _sqnr(after, carried, mask) for kind, mask in masks.items()},
+            )
+        )
+
+
+def _half(argument: Any, which: int) -> Any:
+    """Half of the rows, and of what describes rows."""
+    if isinstance(argument, Tensor):
+        return argument.chunk(2)[which]
+    if isinstance(argument, Segments):
+        return Segments(argument.lengths[: len(argument.lengths) // 2])
+    if isinstance(argument, WholeSequences):
+        lengths = argument.segments.lengths
+        return WholeSequences(argument.kernels, lengths[: len(lengths) // 2])
+    assert argument is None, f"{type(argument)} has no halves"
+    return None
+
+
+def empty(block: nn.Module) -> None:
+    """Takes back what `fill` gave."""
+    for layer in block.modules():
+        if isinstance(layer, Linear | Embedding):
+            del layer.weight
+        elif isinstance(layer, Norm):
+            del layer.gain
+
+
+# --- what a linear saw -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """One forward of one linear of the file: its part of the stacked product."""
+
+    output: Tensor  # [T, O]
+    input_maxima: Tensor  # [H]
+    scheme: str
+    clipped: float | None
+    kurtosis: float | None
+    size_bytes: int
+
+
+@contextmanager
+def _recorded(block: nn.Module) -> Iterator[dict[str, _Seen]]:
+    """Records every linear of `block` while the context lasts."""
+    seen: dict[str, _Seen] = {}
+    linears = [layer for layer in block.modules() if isinstance(layer, Linear)]
+    for layer in linears:
+
+        def forward(x: Tensor, layer: Linear = layer) -> Tensor:
+            y, weight = layer.kernels.linear(x, layer.weight), layer.weight
+            maxima = x.abs().amax(0)
+            clipped = None if weight.static is None else _clipped(x, weight.static)
+            rows = list(layer.parts.values())
+            weights = torch.split(weight.values, rows) if weight.scheme.is_dense else [None] * len(rows)
+            for module, output, values in zip(layer.parts, torch.split(y, rows, dim=1), weights, strict=True):
+                kurtosis = None if values is None else _kurtosis(values)
+                size = weight.size_bytes * output.shape[1] // layer.out_features
+                seen[module] = _Seen(output, maxima, weight.scheme.name, clipped, kurtosis, size)
+            return y
+
+        layer.forward = forward  # type: ignore[method-assign]
+    yield seen
+    for layer in linears:
+        del layer.forward
+
+
+def _clipped(x: Tensor, static: Static) -> float:
+    """Share of the values that lie outside the static range."""
+    whole = (x / static.scale + static.zero).round()
+    return float(((whole < -128) | (whole > 127)).float().mean())
+
+
+def _kurtosis(values: Tensor) -> float:
+    wide = values.float() - values.float().mean()
+    return float(wide.pow(4).mean() / wide.pow(2).mean().pow(2).clamp_min(1e-30))
+
+
+def _quantiles(maxima: Tensor) -> tuple[float, ...]:
+    return tuple(torch.quantile(maxima.float().cpu(), torch.tensor(QUANTILES)).tolist())
+
+
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
+def find_rotation(source: Checkpoint, quantized: Checkpoint) -> Tensor | None:
+    """[H, H] orthogonal R with E_quantized = E_source R; None where the embeddings are alike as they are.
+
+    The orthogonal map that brings one embedding nearest to the other (Schönemann 1966), from some of its rows.
+    """
+    num_rows, width = source.info(EMBEDDING).shape
+    rows = slice(0, min(num_rows, FITTED_ROWS * width))
+    tables = []
+    for checkpoint in (source, quantized):
+        table = torch.empty(rows.stop, width)
+        checkpoint.read_into(EMBEDDING, table, rows)
+        tables.append(table)
+    ours, theirs = tables
+    if float((ours - theirs).norm()) <= SAME_BASIS * float(ours.norm()):
+        return None
+    left, _, right = torch.linalg.svd(ours.T @ theirs)
+    rotation = left @ right
+    # Rows that no orthogonal map explains are damage, for other checks to name; then the basis is taken to be ours.
+    distance = float((ours @ rotation - theirs).norm() / ours.norm())
+    return rotation if distance < 0.1 else None
+
+
+def channel_factors(exact: Tensor, other: Tensor) -> Tensor:
+    """[O]: the positive factor of each channel that brings `other` [T, O] nearest to `exact`; 1 where none does."""
+    factors = (exact * other).sum(0) / other.pow(2).sum(0).clamp_min(1e-30)
+    return torch.where(factors > 0, factors, 1.0)
+
+
+def _stream(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual
+
+
+def _pair(result: Any) -> tuple[Tensor, Tensor | None]:
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def _sqnr(exact: Tensor, other: Tensor, mask: Tensor) -> float:
+    """In dB, over the rows in `mask`."""
+    exact, other = _rows(exact, mask), _rows(other, mask)
+    return sqnr_db(float(exact.double().pow(2).sum()), float((exact - other).double().pow(2).sum()))
+
+
+def _cosine(exact: Tensor, other: Tensor, mask: Tensor) -> float:
+    exact, other = _rows(exact, mask), _rows(other, mask)
+    return float(torch.nn.functional.cosine_similarity(exact, other, dim=-1).mean())
+
+
+def _rows(rows: Tensor, mask: Tensor) -> Tensor:
+    return rows if mask.ndim == 0 else rows[mask.to(rows.device)]
+
+
+assert Filled == (Linear, Norm, Embedding), "empty() knows every layer that fill() fills"

@@ -1,0 +1,21 @@
+"""What a verification may be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saccade.base.options import check_bounds, option
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    answer_tokens: int = option(32, "tokens of each answer that logits are compared over", low=1, high=4096)
+    sample_pixels: int = option(
+        400_000, "pictures of samples are made no larger than this area", low=3136, high=100_000_000
+    )
+    max_kl: float = option(0.5, "mean KL in nats from the float model above which the check fails", low=0)
+    hashes: bool = option(True, "write the SHA-256 of every file into the report")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

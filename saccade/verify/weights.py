@@ -1,0 +1,276 @@
+"""A quantized checkpoint's weights against the source's, tensor by tensor, row by row.
+
+Smoothing and rotation change weights and not the function. What they may do is known, and undone before comparing:
+- a factor of each input channel, which the norm before carries: it is the ratio of the two norms' gains;
+- an orthogonal map of the residual stream, which is found from the embeddings (`layers.find_rotation`);
+- a positive factor of each channel between v and o, up and down, and q and k: it stands nowhere and is fitted, where the
+  weights do not fit as they are.
+What fits in none of these ways is damaged, or was changed in a way unknown here. Reads some rows at a time.
+Letters: O outputs, H inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saccade.base.meter import progress
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from saccade.quantize.report import EXACT_DB, sqnr_db
+from saccade.schemes.affine import dequantize
+from saccade.schemes.scheme import DENSE, Scheme, Weight
+
+Basis = Literal["source", "smoothed", "rescaled", "unknown"]
+BiasState = Literal["same", "changed", "lost", "unknown"]
+
+# By the last part of a linear's name below its block: the norm it follows, and which of its channels carry a free factor.
+NORM_BEFORE = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.k_proj": "input_layernorm",
+    "self_attn.v_proj": "input_layernorm",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm",
+}
+TOWER_NORM_BEFORE = {"attn.qkv": "norm1", "mlp.gate_proj": "norm2", "mlp.up_proj": "norm2"}
+FREE_ROWS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")
+FREE_COLUMNS = ("o_proj", "attn.proj", "down_proj")
+ROTATED_ROWS = ("o_proj", "mlp.down_proj")  # of the decoder: they write to the residual stream
+
+# How far an honest row may lie from the source's, by bits: the factor between them, and its SQNR. Rounding to nearest moves the
+# factor of an 8-bit row by less than 1 % and that of a 4-bit row, some of which is clipped, by less than 10 %. A row whose
+# largest weight holds all its energy has 193,548 / H in power, 8.2 dB for the widest layer published (29,568 columns).
+GAIN_TOLERANCE = {16: 0.02, 8: 0.03, 4: 0.2}
+ROW_FLOOR_DB = {16: 25.0, 8: 8.0, 4: 1.5}
+# Below, a tensor is poor. A Gaussian row has 40 dB in int8, 31.5 in e4m3, 19 in int4 by groups of 128; smoothing, which moves
+# the activations' outliers into the weights, costs the difference.
+TENSOR_FLOOR_DB = {16: 40.0, 8: 30.0, 4: 12.0}
+BIAS_TOLERANCE = 0.01  # of its norm: bfloat16 rounds by 0.4 %
+MANY = 0.1  # share of bad rows beyond which the whole basis is in doubt, not the rows
+ROWS_AT_ONCE = 4096
+
+Rows = Callable[[slice], Tensor]  # some rows of a matrix, [rows, H] float32
+
+
+@dataclass(frozen=True)
+class WeightMeasure:
+    """One tensor. `nearest`: share of the integers that are those of rounding to nearest; None for other number formats."""
+
+    module: str
+    scheme: Scheme
+    basis: Basis
+    db: float
+    nearest: float | None = None
+    bad_rows: tuple[int, ...] = ()
+    gain: float = 1.0  # of the worst row
+    bias: BiasState = "unknown"
+
+    @property
+    def floor_db(self) -> float:
+        return TENSOR_FLOOR_DB[self.scheme.weight_bits]
+
+
+def compare_weights(source: Checkpoint, quantized: Checkpoint, rotation: Tensor | None) -> Iterator[WeightMeasure]:
+    """Every matrix of the model, and the patch embedding."""
+    names = [name for name, shape in expected_tensors(source.config).items() if len(shape) > 1]
+    with progress(len(names), "comparing weights") as advance:
+        for name in names:
+            yield compare_weight(source, quantized, name.removesuffix(".weight"), rotation)
+            advance(1)
+
+
+def compare_weight(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> WeightMeasure:
+    measure = _compare_matrix(source, quantized, module, rotation)
+    return replace(measure, bias=_compare_bias(source, quantized, module, rotation, measure.basis))
+
+
+def _compare_bias(
+    source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None, basis: Basis
+) -> BiasState:
+    """Not where the rows of the weight have factors of their own."""
+    name = f"{module}.bias"
+    if name not in source:
+        return "same"
+    before = source.tensor(name).float()
+    after = quantized.tensor(name).float() if name in quantized else torch.zeros_like(before)
+    if bool(before.any()) and not bool(after.any()):
+        return "lost"
+    if basis in ("rescaled", "unknown"):
+        return "unknown"
+    if rotation is not None and module == "visual.merger.mlp.2":
+        before = before @ rotation
+    return "same" if float((after - before).norm()) <= BIAS_TOLERANCE * float(before.norm()) else "changed"
+
+
+def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> WeightMeasure:
+    weight = quantized.weight(module)
+    rows = _rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
+    scheme = DENSE if weight is None else weight.scheme
+    num_rows = source.info(f"{module}.weight").shape[0]
+    eps = torch.finfo(source.info(f"{module}.weight").dtype).eps
+    expected, is_smoothed = expected_rows(source, quantized, module, rotation)
+    plain = _compare(expected, rows, num_rows, scheme)
+    if plain.share_bad <= MANY:
+        basis: Basis = "smoothed" if is_smoothed else "source"
+        nearest = None if weight is None or scheme.is_float else _nearest(expected, weight, eps)
+        return plain.measure(module, scheme, basis, nearest)
+    if module.endswith(FREE_ROWS):
+        fitted = plain.with_free_rows()
+    elif module.endswith(FREE_COLUMNS):
+        factors = plain.column_factors()
+        fitted = _compare(lambda chosen: expected(chosen) * factors, rows, num_rows, scheme)
+    else:
+        return plain.measure(module, scheme, "unknown" if rotation is not None else "source", None)
+    return fitted.measure(module, scheme, "rescaled" if fitted.share_bad <= MANY else "unknown", None)
+
+
+# --- what is expected ------------------------------------------------------------------------------------------------
+
+
+def expected_rows(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> tuple[Rows, bool]:
+    """The source's weight in the quantized checkpoint's basis as norms and rotation give it, and whether that changes it.
+
+    Of a weight W behind a norm of gain g, where the other checkpoint has g': W diag(g) R diag(1 / g').
+    """
+    own = _rows_of(source, f"{module}.weight")
+    columns, is_smoothed = norm_ratio(source, quantized, module)
+    if rotation is None or not (module.startswith("model.") or module in ("lm_head", "visual.merger.mlp.2")):
+        return (own if columns is None else lambda rows: own(rows) * columns), is_smoothed
+    if module == EMBEDDING.removesuffix(".weight"):
+        return lambda rows: own(rows) @ rotation, True
+    if module.endswith((*ROTATED_ROWS, "merger.mlp.2")):
+        return lambda rows: rotation[:, rows].T @ own(slice(None)), True
+    if columns is None:
+        return own, False
+    before, after = (_gain(checkpoint, module) for checkpoint in (source, quantized))
+    return lambda rows: (own(rows) * before) @ rotation / after, True
+
+
+def norm_ratio(source: Checkpoint, quantized: Checkpoint, module: str) -> tuple[Tensor | None, bool]:
+    """[H] float32: the factor of each input channel that the norm before gave up, None where no norm is; whether any is not 1."""
+    if norm_before(module) is None:
+        return None, False
+    before, after = (_gain(checkpoint, module) for checkpoint in (source, quantized))
+    ratio = torch.where(after == 0, 1.0, before / after)
+    return ratio, not torch.equal(before, after)
+
+
+def norm_before(module: str) -> str | None:
+    """The norm whose output is the linear's input."""
+    if module == "lm_head":
+        return "model.norm"
+    if module == "visual.merger.mlp.0":
+        return "visual.merger.ln_q"
+    block, name = ".".join(module.split(".")[:3]), ".".join(module.split(".")[3:])
+    norm = (TOWER_NORM_BEFORE if module.startswith("visual.") else NORM_BEFORE).get(name)
+    return norm and f"{block}.{norm}"
+
+
+def _gain(checkpoint: Checkpoint, module: str) -> Tensor:
+    """[H] of the norm before `module`; the merger's is repeated for the patches of a unit."""
+    norm = norm_before(module)
+    gain = checkpoint.tensor(f"{norm}.weight").float()
+    return gain.repeat(checkpoint.config.vision.merge_unit) if norm == "visual.merger.ln_q" else gain
+
+
+def _rows_of(checkpoint: Checkpoint, name: str) -> Rows:
+    if name == HEAD and HEAD not in checkpoint:
+        name = EMBEDDING
+    shape = checkpoint.info(name).shape
+
+    def read(rows: slice) -> Tensor:
+        first, last, _ = rows.indices(shape[0])
+        out = torch.empty(last - first, *shape[1:])
+        checkpoint.read_into(name, out, slice(first, last))
+        return out.flatten(1)
+
+    return read
+
+
+def _dequantized(weight: Weight) -> Rows:
+    return lambda rows: dequantize(weight, rows)
+
+
+# --- how near it is --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Sums over rows and columns of the expected weight e and the one found, d; float64."""
+
+    scheme: Scheme
+    ee: Tensor  # [O]
+    ed: Tensor  # [O]
+    dd: Tensor  # [O]
+    error: Tensor  # [O]
+    column_ee: Tensor  # [H]
+    column_ed: Tensor  # [H]
+
+    @property
+    def gain(self) -> Tensor:
+        """[O]: 1 for rows of zeros."""
+        return torch.where(self.ee > 0, self.ed / self.ee.clamp_min(1e-300), (self.dd > 0).double() + 1)
+
+    @property
+    def is_bad(self) -> Tensor:
+        bits = self.scheme.weight_bits
+        limit = self.ee * 10 ** (-ROW_FLOOR_DB[bits] / 10)
+        return ((self.gain - 1).abs() > GAIN_TOLERANCE[bits]) | (self.error > limit)
+
+    @property
+    def share_bad(self) -> float:
+        return float(self.is_bad.double().mean())
+
+    def with_free_rows(self) -> _Sums:
+        """As if each row of d were first multiplied by the positive number that brings it nearest to e."""
+        factor = torch.where(self.ed > 0, self.ed / self.dd.clamp_min(1e-300), 1.0)
+        ed, dd = self.ed * factor, self.dd * factor**2
+        # By rows only an error of direction is left, and what rounding adds to the length of d: the gain says nothing.
+        error = (self.ee - 2 * ed + dd).clamp_min(0)
+        return _Sums(
+            self.scheme, self.ee, torch.where(self.ed > 0, self.ee, ed), dd, error, self.column_ee, self.column_ed
+        )
+
+    def column_factors(self) -> Tensor:
+        """[H] float32: the positive factor of each column of e that brings it nearest to d."""
+        factors = self.column_ed / self.column_ee.clamp_min(1e-300)
+        return torch.where(factors > 0, factors, 1.0).float()
+
+    def measure(self, module: str, scheme: Scheme, basis: Basis, nearest: float | None) -> WeightMeasure:
+        bad = self.is_bad.nonzero().flatten().tolist()
+        worst = float(self.gain[(self.gain - 1).abs().argmax()])
+        db = sqnr_db(float(self.ee.sum()), float(self.error.sum()))
+        return WeightMeasure(module, scheme, basis, db, nearest, tuple(bad), worst)
+
+
+def _compare(expected: Rows, found: Rows, num_rows: int, scheme: Scheme) -> _Sums:
+    rows, columns = [], []
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        chosen = slice(first, min(first + ROWS_AT_ONCE, num_rows))
+        e, d = expected(chosen), found(chosen)
+        difference = e - d
+        products = [e * e, e * d, d * d, difference * difference]
+        rows.append(torch.stack([product.sum(1, dtype=torch.float64) for product in products]))
+        columns.append(torch.stack([product.sum(0, dtype=torch.float64) for product in products[:2]]))
+    return _Sums(scheme, *torch.cat(rows, dim=1), *torch.stack(columns).sum(0))
+
+
+def _nearest(expected: Rows, weight: Weight, eps: float) -> float:
+    """Share of the integers that lie within half a step of the expected weight, or as much further as rounding moves that."""
+    assert weight.scale is not None, "a quantized weight has scales"
+    count = 0
+    for first in range(0, weight.out_features, ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        step = weight.scale[rows].view(-1, weight.scale[rows].numel() // len(weight.scale[rows]), 1)
+        if weight.group_scale is not None:
+            step = step * weight.group_scale[rows][:, :, None]
+        d = dequantize(weight, rows)
+        d, e = (rows_of.view(len(d), step.shape[1], -1) / step for rows_of in (d, expected(rows)))
+        count += int(((e - d).abs() <= 0.5 + eps * d.abs()).sum())
+    return count / (weight.out_features * weight.in_features)
+
+
+assert max(TENSOR_FLOOR_DB.values()) < EXACT_DB, "equal tensors pass"

@@ -1,0 +1,71 @@
+"""`saccade verify` as typed: lines and JSON, exit codes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from saccade.cli import main
+
+from .conftest import PICTURE, edited
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["saccade", "verify", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = int(str(error.code or 0))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    PICTURE.save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def test_a_line_for_each_check(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    dynamic: Path,
+    picture: str,
+) -> None:
+    given = (str(dynamic), "--against", str(tiny_checkpoint), "--image", picture, "--answer-tokens", "4")
+    code, out, _ = run(capsys, monkeypatch, *given)
+    assert code == 0
+    names = [line.split()[1] for line in out.splitlines()[:-1]]
+    assert names == ["files", "tensors", "numbers", "choice", "weights", "runs", "layers", "logits"]
+    assert out.splitlines()[-1].startswith("dynamic: ")
+    code, out, _ = run(capsys, monkeypatch, *given, "--json", "--max-kl", "0")
+    assert code == 1
+    report = json.loads(out)
+    assert report["logits"]["num_tokens"] == 4
+    assert len(report["hashes"]) == len([path for path in dynamic.iterdir() if path.is_file()])
+
+
+def test_a_fault_is_exit_code_1_and_a_warning_only_when_strict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dynamic: Path, tmp_path: Path, picture: str
+) -> None:
+    strange = edited(dynamic, tmp_path / "strange", lambda t: t.update({"stranger": t["lm_head.weight"][:1].clone()}))
+    asked = ("--image", picture, "--answer-tokens", "2")
+    assert run(capsys, monkeypatch, str(strange), *asked)[0] == 0
+    assert run(capsys, monkeypatch, str(strange), *asked, "--strict")[0] == 1
+    damaged = edited(dynamic, tmp_path / "damaged", lambda t: t.pop("lm_head.weight"))
+    code, out, _ = run(capsys, monkeypatch, str(damaged), *asked)
+    assert code == 1
+    assert "lm_head.weight is missing" in out
+
+
+def test_a_quantized_source_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dynamic: Path
+) -> None:
+    code, _, err = run(capsys, monkeypatch, str(dynamic), "--against", str(dynamic))
+    assert code == 1
+    assert "is quantized itself" in err

@@ -15,7 +15,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"base": ["errors", "options", "meter"]},
     {"schemes": ["scheme", "packing", "affine"]},
     {
-        "kernels": ["record", "reference", "library", "cpu_linear", "cpu", "choose"],
+        "kernels": ["record", "reference", "library", "cpu_linear", "cpu_small", "cpu_attention", "cpu", "choose"],
         "checkpoints": [
             "json_file",
             "config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saccade.kernels import cpu_linear, reference
+from saccade.kernels import cpu_attention, cpu_linear, cpu_small, reference
 from saccade.kernels.library import Library
 from saccade.kernels.record import Kernels
 
@@ -13,6 +13,12 @@ def kernels(library: Library) -> Kernels:
     """Every op, from `library` where it has it."""
     ops = {
         "linear": cpu_linear.linear(library),
+        "rms_norm": cpu_small.rms_norm(library),
+        "rope": cpu_small.rope(library),
+        "silu_mul": cpu_small.silu_mul(library),
+        "attention_varlen": cpu_attention.attention_varlen(library),
+        "store_kv": cpu_small.store_kv(library),
+        "attention_paged": cpu_attention.attention_paged(library),
     }
     whole = reference.kernels()
     return replace(whole, **ops, sources={**whole.sources, **dict.fromkeys(ops, "cpu")})  # type: ignore[arg-type]

@@ -2,9 +2,11 @@
 
 #include <stdint.h>
 
+#include "attention.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "pool.h"
+#include "small.h"
 
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
@@ -22,3 +24,11 @@ ENTRY void saccade_set_num_threads(int32_t count) { saccade::set_num_threads(cou
 ENTRY void saccade_linear(const SaccadeLinear* layer, const void* x, int64_t x_stride, void* y, int64_t rows) {
   SACCADE_CALL(linear)({*layer, x, x_stride, y, rows});
 }
+
+// --- attention, and the ops between products ---
+
+ENTRY void saccade_attention(const SaccadeAttention* op) { SACCADE_CALL(attention)(*op); }
+ENTRY void saccade_rms_norm(const SaccadeNorm* op) { SACCADE_CALL(rms_norm)(*op); }
+ENTRY void saccade_silu_mul(const SaccadeSiluMul* op) { SACCADE_CALL(silu_mul)(*op); }
+ENTRY void saccade_rope(const SaccadeRope* op) { SACCADE_CALL(rope)(*op); }
+ENTRY void saccade_store(const SaccadeStore* op) { SACCADE_CALL(store_rows)(*op); }

@@ -1,0 +1,514 @@
+// Softmax attention in tiles: scores of some queries over a block of keys, their exponentials, and the sum of values so far,
+// rescaled when a larger score turns up (FlashAttention, Dao et al. 2022; few queries split their keys as in Flash-Decoding).
+//
+// Letters: N query heads, K key heads, G = N / K query heads that read one key head, D head size. The G heads of all queries of
+// a sequence are the rows of one product with the keys of their head. Knows where keys lie; knows no model.
+//
+// A row's result depends neither on the other rows of the step nor on the number of threads: blocks of keys begin at fixed
+// places. So a token verified among others is computed exactly as one decoded alone.
+#include "attention.h"
+
+#include "pool.h"
+#include "vector.h"
+
+namespace saccade::SACCADE_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 256;      // keys packed at once: with D = 128 they and their values fill 128 KiB of the second cache
+constexpr int64_t TILE = 32;        // rows whose scores over a block are held at once
+constexpr int64_t MAX_ROWS = 1024;  // rows of a job: their sums take 512 KiB
+constexpr int64_t FEW_QUERIES = 16;  // up to here a sequence's keys are split between jobs,
+constexpr int64_t PIECE = 512;       // so many to each: a multiple of BLOCK
+constexpr int64_t PANEL = 16;        // columns of a packed matrix that lie together
+
+#if defined(__AVX512BF16__)
+using Fast = Bf16;  // what bfloat16 is multiplied in
+#else
+using Fast = float;
+#endif
+
+constexpr int64_t ROW_STEP = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;  // rows whose sums registers hold
+#if defined(__AMX_BF16__)
+constexpr int64_t ROW_MULTIPLE = 16;
+#else
+constexpr int64_t ROW_MULTIPLE = ROW_STEP;
+#endif
+
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+constexpr int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Values are multiplied a word at a time: one float32, or two bfloat16.
+template <class T>
+constexpr int64_t per_word = sizeof(uint32_t) / sizeof(T);
+
+// --- products ------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b, Bf16) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b, float) {
+  float factor;
+  memcpy(&factor, &a, sizeof factor);
+  return fma(splat(factor), load(reinterpret_cast<const float*>(b)), sum);
+}
+
+// c [ROWS, PANELS * PANEL] (+)= a b. a: rows of `depth` words; b: panels of `depth` rows of PANEL words.
+template <class T, int ROWS, int PANELS>
+void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c,
+                   int64_t c_stride, bool accumulate) {
+  constexpr int VECTORS = PANEL / LANES;
+  Floats sums[ROWS][PANELS * VECTORS];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < PANELS * VECTORS; ++j)
+      sums[i][j] = accumulate ? load(c + i * c_stride + j * LANES) : Floats{};
+  for (int64_t step = 0; step < depth; ++step)
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < PANELS * VECTORS; ++j)
+        sums[i][j] = multiply_add(sums[i][j], a[i * a_stride + step],
+                                  b + j / VECTORS * b_stride + step * PANEL + j % VECTORS * LANES, T{});
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < PANELS * VECTORS; ++j) store(c + i * c_stride + j * LANES, sums[i][j]);
+}
+
+#if defined(__AMX_BF16__)
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of b; each is 16 rows of 64 bytes.
+void begin_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
+void end_tiles() { _tile_release(); }
+
+// The same for 16 * ROWS rows of bfloat16; depth is a multiple of 16.
+template <int ROWS, int PANELS>
+void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c,
+                    int64_t c_stride, bool accumulate) {
+  if (accumulate) {
+    _tile_loadd(0, c, c_stride * 4);
+    if (PANELS == 2) _tile_loadd(1, c + PANEL, c_stride * 4);
+    if (ROWS == 2) _tile_loadd(2, c + 16 * c_stride, c_stride * 4);
+    if (ROWS == 2 && PANELS == 2) _tile_loadd(3, c + 16 * c_stride + PANEL, c_stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < depth; step += 16) {
+    _tile_loadd(4, a + step, a_stride * 4);
+    _tile_loadd(6, b + step * PANEL, PANEL * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if (PANELS == 2) {
+      _tile_loadd(7, b + b_stride + step * PANEL, PANEL * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (ROWS == 2) {
+      _tile_loadd(5, a + 16 * a_stride + step, a_stride * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      if (PANELS == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_stride * 4);
+  if (PANELS == 2) _tile_stored(1, c + PANEL, c_stride * 4);
+  if (ROWS == 2) _tile_stored(2, c + 16 * c_stride, c_stride * 4);
+  if (ROWS == 2 && PANELS == 2) _tile_stored(3, c + 16 * c_stride + PANEL, c_stride * 4);
+}
+#else
+void begin_tiles() {}
+void end_tiles() {}
+#endif
+
+using Product = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
+
+// c [rows, panels * PANEL] (+)= a b; rows is a multiple of ROW_MULTIPLE.
+template <class T>
+void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t panels,
+              int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+  int64_t row_step = ROW_STEP;
+  Product pair = multiply_rows<T, ROW_STEP, 2>, single = multiply_rows<T, ROW_STEP, 1>;
+#if defined(__AMX_BF16__)
+  if (std::is_same_v<T, Bf16>) {
+    const bool is_even = rows % 32 == 0;
+    row_step = is_even ? 32 : 16;
+    pair = is_even ? multiply_tiles<2, 2> : multiply_tiles<1, 2>;
+    single = is_even ? multiply_tiles<2, 1> : multiply_tiles<1, 1>;
+  }
+#endif
+  for (int64_t panel = 0; panel < panels; panel += 2)
+    for (int64_t row = 0; row < rows; row += row_step)
+      (panel + 1 < panels ? pair : single)(a + row * a_stride, a_stride, b + panel * b_stride, b_stride, depth,
+                                           c + row * c_stride + panel * PANEL, c_stride, accumulate);
+}
+
+// --- packing -------------------------------------------------------------------------------------------------------------
+
+// [count] of X -> [size] of T, zeros behind.
+template <class T, class X>
+void convert(const X* from, int64_t count, T* to, int64_t size) {
+  if constexpr (std::is_same_v<T, X>) {
+    memcpy(to, from, count * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+  }
+  memset(static_cast<void*>(to + count), 0, (size - count) * sizeof(T));
+}
+
+// to[word][row] = from[row][word] for PANEL rows.
+void transpose(const uint32_t* from, int64_t words, uint32_t* to) {
+  int64_t word = 0;
+#if defined(__AVX512F__)
+  for (; word + 16 <= words; word += 16) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * words + word);
+    for (int i = 0; i < 16; i += 2) {  // b[i]: words 0, 1 of each quarter, of two rows; b[i + 1]: words 2, 3
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // a[i + j]: word j of each quarter, of four rows
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)  // b[i + j]: word j of quarters 0 and 2, of eight rows; b[i + j + 4]: of quarters 1 and 3
+      for (int j = 0; j < 4; ++j) {
+        b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+        b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+      }
+    for (int j = 0; j < 8; ++j) {
+      _mm512_storeu_si512(to + (word + j) * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+      _mm512_storeu_si512(to + (word + j + 8) * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    }
+  }
+#endif
+  for (; word < words; ++word)
+    for (int64_t row = 0; row < PANEL; ++row) to[word * PANEL + row] = from[row * words + word];
+}
+
+// PANEL columns of PANEL rows, each `stride` values long, as PANEL / per_word rows of PANEL words.
+void interleave(const float* from, int64_t stride, uint32_t* to) {
+  for (int64_t row = 0; row < PANEL; ++row) memcpy(to + row * PANEL, from + row * stride, PANEL * sizeof(float));
+}
+
+#if defined(__AVX512BF16__)
+void interleave(const Bf16* from, int64_t stride, uint32_t* to) {
+  for (int64_t row = 0; row < PANEL; row += 2, to += PANEL) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + row * stride)));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + (row + 1) * stride)));
+    _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+}
+#endif
+
+// The keys and values of one head of one sequence.
+template <class C>
+struct Kept {
+  const SaccadeAttention& op;
+  int64_t sequence, head, first_token;
+
+  int64_t slot(int64_t key) const {
+    if (!op.block_tables) return first_token + key;
+    return op.block_tables[sequence * op.table_width + key / op.block_size] * op.block_size + key % op.block_size;
+  }
+  const C* key(int64_t slot) const { return static_cast<const C*>(op.k) + slot * op.k_stride + head * op.head_dim; }
+  const C* value(int64_t slot) const { return static_cast<const C*>(op.v) + slot * op.v_stride + head * op.head_dim; }
+};
+
+// A thread's buffers for one job, one after the other in its memory.
+template <class T>
+struct Buffers {
+  int64_t depth, width;  // values of a packed query or key, and of a packed value: zeros fill what the head lacks
+  T* q;                  // [rows, depth]
+  T* keys;               // [BLOCK / PANEL] panels of depth / per_word rows of PANEL words
+  T* values;             // [width / PANEL] panels of BLOCK / per_word rows of PANEL words
+  T* unpacked;           // [PANEL] rows of either
+  T* weights;            // [TILE, BLOCK]
+  float* scores;         // [TILE, BLOCK]
+  float* sums;           // [rows, width]
+  float *key_scale, *value_scale;  // [BLOCK], for int8
+  float *largest, *total;          // [rows]: the largest score so far, and the sum of weights
+
+  Buffers(int64_t head_dim, int64_t num_rows) : depth(round_up(head_dim, 32)), width(round_up(head_dim, PANEL)) {
+    const int64_t narrow = num_rows * depth + BLOCK * depth + BLOCK * width + PANEL * depth + TILE * BLOCK;
+    const int64_t wide = TILE * BLOCK + num_rows * width + 2 * BLOCK + 2 * num_rows;
+    q = static_cast<T*>(scratch(SCRATCH_ATTENTION, narrow * sizeof(T) + wide * sizeof(float)));
+    keys = q + num_rows * depth;
+    values = keys + BLOCK * depth;
+    unpacked = values + BLOCK * width;
+    weights = unpacked + PANEL * depth;
+    scores = reinterpret_cast<float*>(weights + TILE * BLOCK);
+    sums = scores + TILE * BLOCK;
+    key_scale = sums + num_rows * width;
+    value_scale = key_scale + BLOCK;
+    largest = value_scale + BLOCK;
+    total = largest + num_rows;
+  }
+};
+
+// Keys first..first+count of a sequence and their values; zeros behind, up to a multiple of 32.
+template <class T, class C>
+void pack(const Kept<C>& kept, int64_t first, int64_t count, Buffers<T>& buffers) {
+  const int64_t head_dim = kept.op.head_dim, depth = buffers.depth, width = buffers.width;
+  for (int64_t base = 0; base < round_up(count, 32); base += PANEL) {
+    const int64_t present = count - base < 0 ? 0 : smaller_of(count - base, PANEL);
+    int64_t slots[PANEL];
+    for (int64_t i = 0; i < present; ++i) slots[i] = kept.slot(first + base + i);
+
+    if (present < PANEL) memset(static_cast<void*>(buffers.unpacked), 0, PANEL * depth * sizeof(T));
+    for (int64_t i = 0; i < present; ++i) convert(kept.key(slots[i]), head_dim, buffers.unpacked + i * depth, depth);
+    transpose(reinterpret_cast<uint32_t*>(buffers.unpacked), depth / per_word<T>,
+              reinterpret_cast<uint32_t*>(buffers.keys + base * depth));
+
+    if (present < PANEL) memset(static_cast<void*>(buffers.unpacked), 0, PANEL * width * sizeof(T));
+    for (int64_t i = 0; i < present; ++i) convert(kept.value(slots[i]), head_dim, buffers.unpacked + i * width, width);
+    for (int64_t column = 0; column < width; column += PANEL)
+      interleave(buffers.unpacked + column, width,
+                 reinterpret_cast<uint32_t*>(buffers.values + column * BLOCK + base * PANEL));
+
+    if constexpr (std::is_same_v<C, int8_t>)
+      for (int64_t i = 0; i < PANEL; ++i) {
+        const int64_t at = i < present ? slots[i] * kept.op.num_kv_heads + kept.head : 0;
+        buffers.key_scale[base + i] = i < present ? kept.op.k_scale[at] : 0;
+        buffers.value_scale[base + i] = i < present ? kept.op.v_scale[at] : 0;
+      }
+  }
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------------------
+
+inline void store_weights(float* at, Floats v) { store(at, v); }
+#if defined(__AVX512BF16__)
+inline void store_weights(Bf16* at, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
+// Turns the scores of one row over a block into weights, zero from `visible` up to `count`, and brings its largest score and its
+// total up to date; `factor` makes of scores exponents of two. Returns what the row's sums so far are to be multiplied by.
+template <class T, bool is_int8>
+float weigh(float* scores, int64_t visible, int64_t count, float factor, const float* key_scale, const float* value_scale,
+            float& row_largest, float& row_total, T* weights) {
+  for (int64_t i = visible; i < round_up(visible, LANES); ++i) scores[i] = -INFINITY;
+  Floats top = splat(-INFINITY);
+  for (int64_t i = 0; i < visible; i += LANES) {
+    Floats score = load(scores + i);
+    if constexpr (is_int8) {
+      score *= load(key_scale + i);
+      store(scores + i, score);
+    }
+    top = larger(score, top);
+  }
+  const float before = row_largest, now = largest(top);
+  row_largest = now > before ? now : before;
+  const float shrink = before == row_largest ? 1.0f : exp2f((before - row_largest) * factor);
+  const Floats offset = splat(-row_largest * factor);
+  Floats sums = {};
+  for (int64_t i = 0; i < visible; i += LANES) {
+    Floats weight = power_of_two(fma(load(scores + i), splat(factor), offset));
+    sums += weight;
+    if constexpr (is_int8) weight *= load(value_scale + i);
+    store_weights(weights + i, weight);
+  }
+  for (int64_t i = round_up(visible, LANES); i < count; i += LANES) store_weights(weights + i, Floats{});
+  row_total = row_total * shrink + sum(sums);
+  return shrink;
+}
+
+// --- jobs ----------------------------------------------------------------------------------------------------------------
+
+// Rows of one key head of one sequence over some of its keys. Row r is query r / G for head r % G of the key head's.
+struct Job {
+  int64_t sequence, head;
+  int64_t first_token;  // of the sequence's queries
+  int64_t first_row, num_rows;
+  int64_t first_key, end_key;
+  int64_t num_pieces;  // the jobs, this one first, that share these rows
+  float* partial;      // null: the result goes to op.out. Else [num_rows, width + 2]: sums, largest score, total
+};
+
+template <class X>
+X* output(const SaccadeAttention& op, const Job& job, int64_t row) {
+  const int64_t group = op.num_heads / op.num_kv_heads;
+  const int64_t token = job.first_token + (job.first_row + row) / group;
+  const int64_t head = job.head * group + (job.first_row + row) % group;
+  return static_cast<X*>(op.out) + (token * op.num_heads + head) * op.head_dim;
+}
+
+// T: what products are computed in; X: what queries and results are; C: what keys and values are kept in.
+template <class T, class X, class C>
+void attend(const SaccadeAttention& op, const Job& job) {
+  const int64_t head_dim = op.head_dim, group = op.num_heads / op.num_kv_heads;
+  const int64_t num_rows = round_up(job.num_rows, ROW_MULTIPLE);
+  const int64_t queries = op.query_lengths[job.sequence], context = op.context_lengths[job.sequence];
+  const float factor = op.scale * LOG2_E;
+  const Kept<C> kept{op, job.sequence, job.head, job.first_token};
+  const auto end_of = [&](int64_t row) {  // the keys that a row sees
+    return op.causal ? context - queries + (job.first_row + row) / group + 1 : context;
+  };
+
+  Buffers<T> buffers(head_dim, num_rows);
+  const int64_t depth = buffers.depth, width = buffers.width;
+  for (int64_t row = 0; row < job.num_rows; ++row) {
+    const int64_t token = job.first_token + (job.first_row + row) / group;
+    const int64_t head = job.head * group + (job.first_row + row) % group;
+    convert(static_cast<const X*>(op.q) + token * op.q_stride + head * head_dim, head_dim, buffers.q + row * depth, depth);
+  }
+  memset(static_cast<void*>(buffers.q + job.num_rows * depth), 0, (num_rows - job.num_rows) * depth * sizeof(T));
+  memset(buffers.sums, 0, num_rows * width * sizeof(float));
+  for (int64_t row = 0; row < num_rows; ++row) {
+    buffers.largest[row] = -INFINITY;
+    buffers.total[row] = 0;
+  }
+
+  begin_tiles();
+  for (int64_t key = job.first_key; key < job.end_key; key += BLOCK) {
+    const int64_t count = smaller_of(BLOCK, job.end_key - key);
+    pack(kept, key, count, buffers);
+    for (int64_t row = 0; row < num_rows; row += TILE) {
+      const int64_t rows = smaller_of(TILE, num_rows - row), real = smaller_of(TILE, job.num_rows - row);
+      const int64_t seen = round_up(smaller_of(count, end_of(row + real - 1) - key), 32);
+      if (seen <= 0) continue;
+      multiply<T>(reinterpret_cast<uint32_t*>(buffers.q + row * depth), depth / per_word<T>, rows,
+                  reinterpret_cast<uint32_t*>(buffers.keys), depth / per_word<T> * PANEL, seen / PANEL,
+                  depth / per_word<T>, buffers.scores, BLOCK, false);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* weights = buffers.weights + i * BLOCK;
+        const int64_t visible = i < real ? smaller_of(count, end_of(row + i) - key) : 0;
+        if (visible <= 0) {
+          memset(static_cast<void*>(weights), 0, seen * sizeof(T));
+          continue;
+        }
+        const float shrink = weigh<T, std::is_same_v<C, int8_t>>(
+            buffers.scores + i * BLOCK, visible, seen, factor, buffers.key_scale, buffers.value_scale,
+            buffers.largest[row + i], buffers.total[row + i], weights);
+        float* sums = buffers.sums + (row + i) * width;
+        if (shrink != 1.0f)
+          for (int64_t j = 0; j < width; j += LANES) store(sums + j, load(sums + j) * splat(shrink));
+      }
+      multiply<T>(reinterpret_cast<uint32_t*>(buffers.weights), BLOCK / per_word<T>, rows,
+                  reinterpret_cast<uint32_t*>(buffers.values), BLOCK / per_word<T> * PANEL, width / PANEL,
+                  seen / per_word<T>, buffers.sums + row * width, width, true);
+    }
+  }
+  end_tiles();
+
+  for (int64_t row = 0; row < job.num_rows; ++row) {
+    float* sums = buffers.sums + row * width;
+    if (job.partial) {
+      float* to = job.partial + row * (width + 2);
+      memcpy(to, sums, width * sizeof(float));
+      to[width] = buffers.largest[row];
+      to[width + 1] = buffers.total[row];
+    } else {
+      for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) / splat(buffers.total[row]));
+      convert(sums, head_dim, output<X>(op, job, row), head_dim);
+    }
+  }
+}
+
+// Makes one result of the pieces of some rows: each piece's weights are seen from the largest score of all.
+template <class X>
+void merge(const SaccadeAttention& op, const Job& job) {
+  const int64_t width = round_up(op.head_dim, PANEL), piece_size = job.num_rows * (width + 2);
+  const float factor = op.scale * LOG2_E;
+  float* sums = static_cast<float*>(scratch(SCRATCH_ATTENTION, width * sizeof(float)));
+  for (int64_t row = 0; row < job.num_rows; ++row) {
+    const float* pieces = job.partial + row * (width + 2);
+    float top = -INFINITY, total = 0;
+    for (int64_t p = 0; p < job.num_pieces; ++p)
+      if (pieces[p * piece_size + width] > top) top = pieces[p * piece_size + width];
+    memset(sums, 0, width * sizeof(float));
+    for (int64_t p = 0; p < job.num_pieces; ++p) {
+      const float* piece = pieces + p * piece_size;
+      if (piece[width + 1] == 0) continue;  // the row sees none of its keys
+      const float share = exp2f((piece[width] - top) * factor);
+      total += share * piece[width + 1];
+      for (int64_t i = 0; i < width; i += LANES) store(sums + i, fma(splat(share), load(piece + i), load(sums + i)));
+    }
+    for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) / splat(total));
+    convert(sums, op.head_dim, output<X>(op, job, row), op.head_dim);
+  }
+}
+
+// Calls take(job) for every job of the step.
+template <class Take>
+void each_job(const SaccadeAttention& op, Take&& take) {
+  const int64_t group = op.num_heads / op.num_kv_heads;
+  int64_t first_token = 0;
+  for (int64_t s = 0; s < op.num_sequences; ++s) {
+    const int64_t queries = op.query_lengths[s], context = op.context_lengths[s], rows = queries * group;
+    const int64_t num_pieces = queries <= FEW_QUERIES ? (context + PIECE - 1) / PIECE : 1;
+    for (int64_t head = 0; head < op.num_kv_heads; ++head) {
+      if (num_pieces > 1) {
+        for (int64_t key = 0; key < context; key += PIECE)
+          take({s, head, first_token, 0, rows, key, smaller_of(key + PIECE, context), num_pieces, nullptr});
+      } else {
+        for (int64_t row = 0; row < rows; row += MAX_ROWS) {
+          const int64_t count = smaller_of(MAX_ROWS, rows - row);
+          const int64_t end = op.causal ? context - queries + (row + count - 1) / group + 1 : context;
+          take({s, head, first_token, row, count, 0, end, 1, nullptr});
+        }
+      }
+    }
+    first_token += queries;
+  }
+}
+
+template <class T, class X, class C>
+void attend_all(const SaccadeAttention& op) {
+  const int64_t row_size = round_up(op.head_dim, PANEL) + 2;
+  int64_t num_jobs = 0, partial_size = 0;
+  each_job(op, [&](const Job& job) {
+    num_jobs += 1;
+    if (job.num_pieces > 1) partial_size += job.num_rows * row_size;
+  });
+  Job* jobs = static_cast<Job*>(scratch(SCRATCH_JOBS, num_jobs * sizeof(Job) + partial_size * sizeof(float)));
+  float* partial = reinterpret_cast<float*>(jobs + num_jobs);
+  int64_t count = 0;
+  each_job(op, [&](const Job& job) {
+    jobs[count] = job;
+    if (job.num_pieces > 1) {
+      jobs[count].partial = partial;
+      partial += job.num_rows * row_size;
+    }
+    count += 1;
+  });
+
+  Pieces pieces(num_jobs);
+  parallel([&](int, int) {
+    // The last rows of a prompt see the most keys, so they begin.
+    for (int64_t i; (i = pieces.next()) >= 0;) attend<T, X, C>(op, jobs[num_jobs - 1 - i]);
+  });
+  if (partial_size == 0) return;
+  Pieces merges(num_jobs);
+  parallel([&](int, int) {
+    for (int64_t i; (i = merges.next()) >= 0;)
+      if (jobs[i].num_pieces > 1 && jobs[i].first_key == 0) merge<X>(op, jobs[i]);
+  });
+}
+
+template <class T, class X>
+void attend_kept(const SaccadeAttention& op) {
+  if (op.k_scale) return attend_all<T, X, int8_t>(op);
+  attend_all<T, X, X>(op);
+}
+
+}  // namespace
+
+void attention(const SaccadeAttention& op) {
+  switch (op.dtype) {
+    case SACCADE_FLOAT32: return attend_kept<float, float>(op);
+    case SACCADE_BFLOAT16: return attend_kept<Fast, Bf16>(op);
+    case SACCADE_FLOAT16: return attend_kept<float, Fp16>(op);
+  }
+}
+
+}  // namespace saccade::SACCADE_ISA

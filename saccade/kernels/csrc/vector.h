@@ -1,0 +1,162 @@
+// Vectors of floats as wide as the instruction set, and numbers kept narrower than they are computed in.
+//
+// Written in the compiler's vector types, so that one source serves every instruction set. For files of KERNELS; knows no kernel.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SACCADE_LANES 16
+#elif defined(__AVX__)
+#define SACCADE_LANES 8
+#else
+#define SACCADE_LANES 4
+#endif
+
+namespace saccade::SACCADE_ISA {
+
+constexpr int LANES = SACCADE_LANES;
+typedef float Floats __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * SACCADE_LANES)));
+typedef int8_t Bytes __attribute__((vector_size(SACCADE_LANES)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+using Fp16 = _Float16;
+typedef Fp16 Fp16s __attribute__((vector_size(2 * SACCADE_LANES)));
+
+inline Floats splat(float value) {
+  Floats v;
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = value;
+  return v;
+}
+
+// a * b + c, rounded once where the instruction set can.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats load(const float* at) {
+  Floats v;
+  memcpy(&v, at, sizeof v);
+  return v;
+}
+
+inline Floats load(const Bf16* at) {
+  Halves halves;
+  memcpy(&halves, at, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Floats load(const Fp16* at) {
+  Fp16s halves;
+  memcpy(&halves, at, sizeof halves);
+  return __builtin_convertvector(halves, Floats);
+}
+
+inline Floats load(const int8_t* at) {
+  Bytes bytes;
+  memcpy(&bytes, at, sizeof bytes);
+  return __builtin_convertvector(bytes, Floats);
+}
+
+// To the nearest, halves to even, NaN to the quiet one: what torch does.
+inline Halves to_bf16(Floats v) {
+  Words bits = (Words)v;
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  Words is_nan = (Words)(v != v);
+  rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
+  return __builtin_convertvector(rounded, Halves);
+}
+
+inline void store(float* at, Floats v) { memcpy(at, &v, sizeof v); }
+
+inline void store(Bf16* at, Floats v) {
+  Halves halves = to_bf16(v);
+  memcpy(at, &halves, sizeof halves);
+}
+
+inline void store(Fp16* at, Floats v) {
+  const Fp16s halves = __builtin_convertvector(v, Fp16s);
+  memcpy(at, &halves, sizeof halves);
+}
+
+// The first `count` lanes, the others zero; for the end of a row.
+template <class T>
+inline Floats load_first(const T* at, int64_t count) {
+  T padded[LANES] = {};
+  memcpy(padded, at, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_first(T* at, Floats v, int64_t count) {
+  T padded[LANES];
+  store(padded, v);
+  memcpy(at, padded, count * sizeof(T));
+}
+
+// v as a value of type T has it.
+template <class T>
+inline Floats rounded_to(Floats v) {
+  if constexpr (std::is_same_v<T, Bf16>) return (Floats)(__builtin_convertvector(to_bf16(v), Words) << 16);
+  if constexpr (std::is_same_v<T, Fp16>) return __builtin_convertvector(__builtin_convertvector(v, Fp16s), Floats);
+  return v;
+}
+
+inline float sum(Floats v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+inline float largest(Floats v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// 2^x, off by 1e-7 of it at most; 2^-126 below -126, 2^127 above 127, NaN for NaN. Adding 1.5 * 2^23, whose last bit is worth 1,
+// splits off the whole part. The polynomial is fitted to 2^x on [-1/2, 1/2], and is 1 at 0.
+inline Floats power_of_two(Floats x) {
+  x = x < -126.0f ? splat(-126.0f) : x;
+  x = x > 127.0f ? splat(127.0f) : x;
+  const Floats shifted = x + 12582912.0f;
+  const Floats rest = x - (shifted - 12582912.0f);
+  const Ints exponent = ((Ints)shifted - 0x4b400000 + 127) << 23;
+  Floats y = splat(0x1.444004p-13f);
+  y = fma(y, rest, splat(0x1.5f0896p-10f));
+  y = fma(y, rest, splat(0x1.3b2a1cp-7f));
+  y = fma(y, rest, splat(0x1.c6af6cp-5f));
+  y = fma(y, rest, splat(0x1.ebfbe0p-3f));
+  y = fma(y, rest, splat(0x1.62e430p-1f));
+  y = fma(y, rest, splat(1.0f));
+  return y * (Floats)exponent;
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+}  // namespace saccade::SACCADE_ISA

@@ -79,7 +79,9 @@ def attention_paged(library: Library) -> AttentionPaged:
 Int64s = ctypes.Array[c_int64]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, query_lengths: Int64s, context_lengths: Int64s, scale: float) -> Attention:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, query_lengths: Int64s, context_lengths: Int64s, scale: float
+) -> Attention:
     """What both ops have in common. The caller keeps the tensors and arrays alive until the call."""
     return Attention(
         q=q.data_ptr(),

@@ -15,7 +15,20 @@ FLOORS: list[dict[str, list[str]]] = [
     {"base": ["errors", "options", "meter"]},
     {"schemes": ["scheme", "packing", "affine"]},
     {
-        "kernels": ["record", "reference", "library", "cpu_linear", "cpu_small", "cpu_attention", "cpu", "choose"],
+        "kernels": [
+            "record",
+            "reference",
+            "library",
+            "cpu_linear",
+            "cpu_small",
+            "cpu_attention",
+            "cpu",
+            "triton_rows",
+            "triton_attention",
+            "triton_linear",
+            "triton_kernels",
+            "choose",
+        ],
         "checkpoints": [
             "json_file",
             "config",

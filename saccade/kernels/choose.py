@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from saccade.kernels import cpu, reference
 from saccade.kernels.library import ISA_VARIABLE, load
 from saccade.kernels.record import OPS, Kernels
 
-BACK_ENDS = ("reference", "cpu")
+BACK_ENDS = ("reference", "cpu", "triton")
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and int8 in matrix units
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Kernels:
     """The kernels for `device`; `overrides` maps an op to a back end, to bisect a wrong number.
 
-    On a CPU the C++ ops take as many threads as torch takes at this moment. Raises OptionError for unknown names.
+    On a CPU the C++ ops take as many threads as torch takes at this moment. Raises OptionError for unknown names, and for a
+    back end that does not serve `device`.
     """
+    best = {"cpu": "cpu", "cuda": "triton"}[device.type]
+    chosen = dict.fromkeys(OPS, best if lack_of(best, device) is None else "reference")
     for op, back_end in (overrides or {}).items():
         if op not in OPS:
             raise OptionError(f"kernel {op!r} is unknown; ops are {', '.join(OPS)}")
@@ -56,19 +62,66 @@ def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Ker
             raise OptionError(
                 f"back end {back_end!r} of kernel {op!r} is unknown; choose one of {', '.join(BACK_ENDS)}"
             )
-    library = load()
-    if device.type != "cpu" or isinstance(library, str):
+        if (lack := lack_of(back_end, device)) is not None:
+            raise OptionError(f"back end {back_end!r} of kernel {op!r} does not serve {device} here: {lack}")
+        chosen[op] = back_end
+    made = {name: _make(name) for name in set(chosen.values())}
+    return Kernels(
+        **{op: getattr(made[name], op) for op, name in chosen.items()},
+        sources={op: made[name].sources[op] for op, name in chosen.items()},
+    )
+
+
+def lack_of(back_end: str, device: torch.device) -> str | None:
+    """What `back_end` lacks to serve `device`, None if nothing."""
+    if back_end == "cpu":
+        library = load()
+        return library if isinstance(library, str) else None if device.type == "cpu" else "it is C++ for processors"
+    return _triton_lack(device) if back_end == "triton" else None
+
+
+def _triton_lack(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU; unset it"
+    if device.type != "cuda":
+        return "Triton compiles for NVIDIA GPUs; TRITON_INTERPRET=1 interprets it, for tests"
+    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    return None
+
+
+def _make(back_end: str) -> Kernels:
+    if back_end == "triton":
+        from saccade.kernels import triton_kernels  # imports Triton, which takes a moment
+
+        return triton_kernels.kernels()
+    if back_end == "reference":
         return reference.kernels()
+    library = load()
+    assert not isinstance(library, str), library
     library.set_num_threads(torch.get_num_threads())
-    chosen, plain = cpu.kernels(library), reference.kernels()
-    ops = [op for op, back_end in (overrides or {}).items() if back_end == "reference"]
-    replaced = {op: getattr(plain, op) for op in ops}
-    return replace(chosen, **replaced, sources={**chosen.sources, **dict.fromkeys(ops, "reference")})
+    return cpu.kernels(library)
 
 
 def back_ends() -> list[BackEnd]:
     """Every back end, with the reason it is active or not."""
-    return [_cpu(), BackEnd("reference", True, f"plain torch {torch.__version__}, every op, any device")]
+    device = choose_device()
+    return [
+        _cpu(),
+        BackEnd("triton", *_triton(device)),
+        BackEnd("reference", True, f"plain torch {torch.__version__}, every op, any device"),
+    ]
+
+
+def _triton(device: torch.device) -> tuple[bool, str]:
+    if (lack := lack_of("triton", device)) is not None:
+        return False, lack
+    ops = [op for op, source in choose(device).sources.items() if source == "triton"]
+    if not ops:
+        return False, "interpreted, where an op is given to it"
+    return True, f"for {', '.join(ops)} on {torch.cuda.get_device_name(device)}"
 
 
 def _cpu() -> BackEnd:

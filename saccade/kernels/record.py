@@ -53,6 +53,11 @@ class PagedLayout:
     block_tables: Tensor  # [S, blocks] int64, unused entries 0
     slots: Tensor  # [T] int64
 
+    @cached_property
+    def contexts(self) -> Tensor:
+        """[S] int32: context_lengths where the block tables are."""
+        return torch.tensor(self.context_lengths, dtype=torch.int32, device=self.block_tables.device)
+
 
 class Linear(Protocol):
     def __call__(self, x: Tensor, weight: Weight) -> Tensor:

@@ -9,25 +9,13 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.choose import choose
 from saccade.kernels.record import Kernels
 from saccade.schemes.affine import dequantize, integer_values, quantize_rows_int8, quantize_weight
 from saccade.schemes.packing import pack, unpack
 from saccade.schemes.scheme import DENSE, SCHEMES, W4A8, W8A8, W8A8_DYNAMIC, Static, Weight
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(0, 16, 8), (1, 1, 1), (1, 129, 65), (7, 64, 3), (17, 130, 129), (33, 3000, 40)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def kernels(device: torch.device) -> Kernels:
-    return choose(device)
 
 
 def integers(*shape: int, low: int = -128, high: int = 127, seed: int = 0) -> Tensor:

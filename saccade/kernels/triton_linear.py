@@ -1,0 +1,270 @@
+"""Triton: linear layers with quantized weights, for few rows and for many. Dense ones are torch's own.
+
+One kernel multiplies for all schemes. The weight is the left operand: what it becomes on the way (a nibble widened, an
+integer made a float) stays in registers, and the few columns of a decoding batch fit the matrix unit's free dimension.
+With few rows the columns are split among programs, to keep enough bytes in flight, and a second kernel adds the parts.
+Letters: T rows of x, O outputs, H columns, G columns in a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.kernels import reference
+from saccade.kernels.triton_rows import IS_INTERPRETED, dot, narrow, operand, quantize_rows, quantize_static, unbroken
+from saccade.schemes.packing import RUN
+from saccade.schemes.scheme import Weight
+
+FEW_ROWS = 16  # up to here reading the weight takes all the time
+MAX_SPLITS = 16
+SCALED_MM_CAPABILITY = (9, 0)  # from here on torch multiplies e4m3 with a scale for each row
+
+_RUN = tl.constexpr(RUN)
+
+
+@triton.jit
+def _spread(values, COUNT: tl.constexpr):
+    """[O, groups] -> [O, groups * COUNT], each COUNT times."""
+    wide = tl.broadcast_to(values[:, :, None], [values.shape[0], values.shape[1], COUNT])
+    return tl.reshape(wide, [values.shape[0], values.shape[1] * COUNT])
+
+
+@triton.jit
+def _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr):
+    """What the record says is done to the sums: acc [O, T]. Returns [O, T] float32."""
+    if quant_bias_ptr is not None:
+        acc += tl.load(quant_bias_ptr + o, mask=is_output, other=0)[:, None]
+    y = acc.to(tl.float32)
+    if x_scale_ptr is not None:
+        y *= tl.load(x_scale_ptr + t, mask=is_row, other=0.0)[None, :]
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + o, mask=is_output, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    return y
+
+
+@triton.jit
+def _matmul(
+    x_ptr, w_ptr, group_scale_ptr, zero_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, parts_ptr,
+    T, O, H, x_stride, w_stride,  # noqa: E741
+    PACKED: tl.constexpr, G: tl.constexpr, IS_TWO_STAGE: tl.constexpr, IS_INTEGER: tl.constexpr, IS_E4M3: tl.constexpr,
+    DOT: tl.constexpr, EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """IS_INTEGER: sums are int32. DOT: the type both operands are multiplied in. EVEN: BLOCK_H divides H.
+
+    4-bit weights: G >= BLOCK_H, or IS_TWO_STAGE, or both; a float group's sum is scaled when its tile is done.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    split = tl.program_id(2)
+    is_row, is_output = t < T, o < O
+    x_row = x_ptr + t.to(tl.int64) * x_stride
+    w_row = w_ptr + o.to(tl.int64) * w_stride
+    acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.int32 if IS_INTEGER else tl.float32)
+    share = tl.cdiv(tl.cdiv(H, SPLITS), BLOCK_H) * BLOCK_H
+    begin = split * share
+    for start in range(begin, tl.minimum(begin + share, H), BLOCK_H):
+        if PACKED:
+            # Byte b of a run holds column b in its low nibble and column b + 16 in its high one; a run is 32 columns.
+            byte = tl.arange(0, BLOCK_H // 2)
+            column = start + (byte // (_RUN // 2)) * _RUN + byte % (_RUN // 2)
+            is_low, is_high = column < H, column + _RUN // 2 < H
+            w_mask = is_output[:, None] if EVEN else is_output[:, None] & is_low[None, :]
+            packed = tl.load(w_row[:, None] + (start // 2 + byte)[None, :], mask=w_mask, other=0)
+            low, high = (packed << 4) >> 4, packed >> 4
+            low_mask = is_row[None, :] if EVEN else is_row[None, :] & is_low[:, None]
+            high_mask = is_row[None, :] if EVEN else is_row[None, :] & is_high[:, None]
+            x_low = tl.load(x_row[None, :] + column[:, None], mask=low_mask, other=0)
+            x_high = tl.load(x_row[None, :] + (column + _RUN // 2)[:, None], mask=high_mask, other=0)
+            if IS_TWO_STAGE:
+                GROUPS: tl.constexpr = BLOCK_H // G if BLOCK_H > G else 1
+                group = start // G + tl.arange(0, GROUPS)
+                at = group_scale_ptr + o.to(tl.int64)[:, None] * (H // G) + group[None, :]
+                times = tl.load(at, mask=is_output[:, None] & (group < H // G)[None, :], other=0)
+                if GROUPS > 1:
+                    times = _spread(times, BLOCK_H // 2 // GROUPS)
+                low, high = low * times, high * times
+                acc = dot(operand(low, DOT), operand(x_low, DOT), acc)
+                acc = dot(operand(high, DOT), operand(x_high, DOT), acc)
+            else:
+                at = o.to(tl.int64) * (H // G) + start // G
+                if zero_ptr is not None:
+                    zero = tl.load(zero_ptr + at, mask=is_output, other=0)[:, None]
+                    low, high = low - zero, high - zero
+                part = dot(operand(low, DOT), operand(x_low, DOT), tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32))
+                part = dot(operand(high, DOT), operand(x_high, DOT), part)
+                acc += part * tl.load(group_scale_ptr + at, mask=is_output, other=0.0)[:, None]
+        else:
+            column = start + tl.arange(0, BLOCK_H)
+            is_column = column < H
+            w_mask = is_output[:, None] if EVEN else is_output[:, None] & is_column[None, :]
+            x_mask = is_row[None, :] if EVEN else is_row[None, :] & is_column[:, None]
+            w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0)
+            x = tl.load(x_row[None, :] + column[:, None], mask=x_mask, other=0)
+            if IS_E4M3:
+                w, x = w.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True)
+            acc = dot(operand(w, DOT), operand(x, DOT), acc)
+    inside = is_output[:, None] & is_row[None, :]
+    if SPLITS == 1:
+        y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
+        y_at = y_ptr + t.to(tl.int64)[None, :] * O + o[:, None]
+        tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(parts_ptr + (split * T + t).to(tl.int64)[None, :] * O + o[:, None], acc, mask=inside)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, T, O,  # noqa: E741
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    t = tl.arange(0, BLOCK_T)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_row, is_output = t < T, o < O
+    inside = is_output[:, None] & is_row[None, :]
+    at = t[None, :] * O + o[:, None]  # few rows: far from 2^31, with all parts
+    acc = tl.load(parts_ptr + at, mask=inside, other=0)
+    for split in range(1, SPLITS):
+        acc += tl.load(parts_ptr + split * T * O + at, mask=inside, other=0)
+    y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
+    tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+# --- how a product is cut ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The tile a program computes, how often the columns are split, and what Triton is told about running it."""
+
+    block_t: int
+    block_o: int
+    block_h: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def cut_of(num_rows: int, weight: Weight, itemsize: int, programs: int) -> Cut:
+    """For any card: tiles of usual size; few rows are split until there are `programs`. `itemsize`: bytes of a value of x."""
+    scheme, num_outputs, num_columns = weight.scheme, weight.out_features, weight.in_features
+    if num_rows <= FEW_ROWS:
+        block_t, block_o, block_h, num_warps, num_stages = 16, 64 if scheme.weight_bits == 4 else 32, 256, 4, 4
+    elif num_rows <= 64:
+        block_t, block_o, block_h, num_warps, num_stages = 64, 64, 128, 4, 3
+    else:
+        block_t, block_o, block_h, num_warps, num_stages = 128, 128, 128, 8, 3
+    if itemsize > 1:
+        block_h //= itemsize
+    if scheme.group_size is not None:
+        block_h = min(block_h, scheme.group_size)
+        if scheme.is_two_stage:  # nibbles of a kind lie in half a tile's columns, and int8 is multiplied 32 at a time
+            block_h = max(block_h, 64)
+    splits = 1
+    tiles = triton.cdiv(num_rows, block_t) * triton.cdiv(num_outputs, block_o)
+    while num_rows <= FEW_ROWS and tiles * splits < programs and 2 * splits <= MAX_SPLITS:
+        if num_columns < 4 * splits * block_h:  # every part has two tiles of columns or more
+            break
+        splits *= 2
+    return Cut(block_t, block_o, block_h, splits, num_warps, num_stages)
+
+
+@lru_cache(maxsize=16)
+def _num_programs(device: torch.device) -> int:
+    """Programs that keep a card busy while it reads: four for each multiprocessor. Interpreted, a few."""
+    return 8 if device.type == "cpu" else 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    scheme = weight.scheme
+    if scheme.is_dense:
+        return reference.linear(x, weight)
+    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    x_scale: Tensor | None = None
+    if weight.static is not None:
+        x_q = quantize_static(x, weight.static)
+    elif scheme.activation == "dynamic":
+        x_q, x_scale = quantize_rows(x, scheme.is_float)
+    else:
+        x_q = unbroken(x)
+    if scheme.is_float and _is_torch_faster(x_q, weight, out):
+        return _scaled_mm(x_q, x_scale, weight, out.dtype)
+    _multiply(x_q, x_scale, weight, out)
+    return out
+
+
+def _multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor) -> None:
+    """x: [T, H] as the scheme multiplies it, x_scale: [T] float32 where activations are dynamic. Fills out [T, O]."""
+    scheme = weight.scheme
+    (num_rows, num_columns), num_outputs = x.shape, weight.out_features
+    is_packed = scheme.weight_bits == 4
+    has_float_groups = weight.scale is not None and weight.scale.ndim == 2
+    is_integer = x.dtype == torch.int8 and not has_float_groups
+    if is_integer:
+        dot = tl.int8
+    elif x.dtype in (torch.int8, torch.float8_e4m3fn):
+        dot = tl.float16  # holds each of their numbers, and the sums are float32
+    else:
+        dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
+    cut = cut_of(num_rows, weight, x.element_size(), _num_programs(x.device))
+    group_scale = weight.scale if has_float_groups else weight.group_scale
+    scale: Tensor | None
+    bias: Tensor | None
+    quant_bias: Tensor | None
+    if weight.static is not None:
+        scale, bias, quant_bias = weight.static.deq_scale, None, weight.static.quant_bias
+    else:
+        scale, bias, quant_bias = None if has_float_groups else weight.scale, weight.bias, None
+    parts = out
+    if cut.splits > 1:
+        kind = torch.int32 if is_integer else torch.float32
+        parts = torch.empty(cut.splits, num_rows, num_outputs, dtype=kind, device=x.device)
+    grid = (triton.cdiv(num_rows, cut.block_t), triton.cdiv(num_outputs, cut.block_o), cut.splits)
+    if scheme.is_float:
+        x = x.view(torch.int8)  # read as bytes, for a masked read fills up with whole numbers
+    values = weight.values.view(torch.int8) if is_packed or scheme.is_float else weight.values
+    _matmul[grid](
+        x, values, group_scale, weight.zero, scale, x_scale, bias, quant_bias, out, parts,
+        num_rows, num_outputs, num_columns, x.stride(0), values.stride(0),
+        PACKED=is_packed, G=scheme.group_size or 0, IS_TWO_STAGE=weight.group_scale is not None,
+        IS_INTEGER=is_integer, IS_E4M3=scheme.is_float, DOT=dot, EVEN=num_columns % cut.block_h == 0,
+        BLOCK_T=cut.block_t, BLOCK_O=cut.block_o, BLOCK_H=cut.block_h, SPLITS=cut.splits,
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
+    )  # fmt: skip
+    if cut.splits > 1:
+        block_t = triton.next_power_of_2(num_rows)
+        block_o = 256 // block_t
+        _add_parts[(triton.cdiv(num_outputs, block_o),)](
+            parts, scale, x_scale, bias, quant_bias, out, num_rows, num_outputs,
+            SPLITS=cut.splits, BLOCK_T=block_t, BLOCK_O=block_o, num_warps=2,
+        )  # fmt: skip
+
+
+def _is_torch_faster(x: Tensor, weight: Weight, out: Tensor) -> bool:
+    """cuBLAS multiplies e4m3 at twice the rate of 16 bits; it wants columns and outputs in sixteens and gives bfloat16."""
+    return (
+        len(x) > FEW_ROWS
+        and out.dtype == torch.bfloat16
+        and weight.in_features % 16 == 0
+        and weight.out_features % 16 == 0
+        and not IS_INTERPRETED
+        and torch.cuda.get_device_capability(x.device) >= SCALED_MM_CAPABILITY
+    )
+
+
+def _scaled_mm(x: Tensor, x_scale: Tensor | None, weight: Weight, dtype: torch.dtype) -> Tensor:
+    assert weight.scale is not None, "e4m3 weights have scales"
+    assert x_scale is not None, "e4m3 activations have scales"
+    y: Tensor = torch._scaled_mm(
+        x, weight.values.t(), scale_a=x_scale[:, None], scale_b=weight.scale[None, :], out_dtype=dtype
+    )
+    return y if weight.bias is None else y + weight.bias

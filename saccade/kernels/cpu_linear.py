@@ -12,10 +12,11 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.library import Library
 from saccade.kernels.record import Linear
+from saccade.schemes.scheme import W4A16 as W4A16_SCHEMES
 from saccade.schemes.scheme import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # SaccadeDtype
-SCHEMES = {"w8a8": 0, "w8a8-dynamic": 1}  # SaccadeScheme
+DENSE, W8A16, W4A16, W8A8, W8A8_DYNAMIC, W4A8 = range(6)  # SaccadeScheme
 
 
 class Layer(ctypes.Structure):
@@ -26,8 +27,11 @@ class Layer(ctypes.Structure):
         ("dtype", c_int32),
         ("out_features", c_int64),
         ("in_features", c_int64),
+        ("group_size", c_int64),
         ("values", c_void_p),
         ("scale", c_void_p),
+        ("group_scale", c_void_p),
+        ("zero", c_void_p),
         ("bias", c_void_p),
         ("quant_bias", c_void_p),
         ("deq_scale", c_void_p),
@@ -36,9 +40,24 @@ class Layer(ctypes.Structure):
     )
 
 
+def kind(weight: Weight, dtype: torch.dtype) -> int | None:
+    """The library's word for the weight's scheme; None if it does not compute it with x of `dtype`."""
+    scheme = weight.scheme
+    if dtype not in DTYPES:
+        return None
+    if scheme.is_dense:
+        return DENSE if dtype == weight.values.dtype == torch.bfloat16 else None
+    if scheme.is_two_stage:
+        return W4A8
+    if scheme in W4A16_SCHEMES.values():
+        return W4A16
+    return {"w8a16": W8A16, "w8a8": W8A8, "w8a8-dynamic": W8A8_DYNAMIC}.get(scheme.name)
+
+
 def describe(weight: Weight, dtype: torch.dtype) -> Layer | None:
     """`weight` as the library knows it, for x of `dtype`; None if the library does not compute this kind."""
-    if weight.scheme.name not in SCHEMES or dtype not in DTYPES:
+    scheme = kind(weight, dtype)
+    if scheme is None:
         return None
     if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in weight.tensors()):
         return None
@@ -46,12 +65,15 @@ def describe(weight: Weight, dtype: torch.dtype) -> Layer | None:
         return None
     static = weight.static
     return Layer(
-        SCHEMES[weight.scheme.name],
+        scheme,
         DTYPES[dtype],
         weight.out_features,
         weight.in_features,
+        weight.scheme.group_size or 0,
         weight.values.data_ptr(),
         _pointer(weight.scale),
+        _pointer(weight.group_scale),
+        _pointer(weight.zero),
         _pointer(weight.bias),
         _pointer(static.quant_bias if static else None),
         _pointer(static.deq_scale if static else None),

@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "linear.h"
 #include "pool.h"
+#include "read.h"
 #include "small.h"
 
 #define ENTRY extern "C" __attribute__((visibility("default")))
@@ -18,6 +19,13 @@ ENTRY int32_t saccade_isa() { return saccade::active_isa; }
 ENTRY void saccade_set_isa(int32_t isa) { saccade::active_isa = isa; }
 ENTRY int32_t saccade_num_threads() { return saccade::num_threads(); }
 ENTRY void saccade_set_num_threads(int32_t count) { saccade::set_num_threads(count); }
+
+// `count` words of 8 bytes, all threads together; returns them combined.
+ENTRY uint64_t saccade_read(const uint64_t* start, int64_t count) {
+  uint64_t result;
+  SACCADE_CALL(read)({start, count, &result});
+  return result;
+}
 
 // --- linear layers ---
 

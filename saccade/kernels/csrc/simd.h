@@ -27,6 +27,24 @@ inline Int8 load_part(const int8_t* p, int64_t count) {  // zeros beyond count
 inline Sum zero_sum() { return _mm512_setzero_si512(); }
 inline int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
 
+// 64 nibbles of 32 bytes, a run of 16 columns in the low nibbles of 16 bytes, the next in their high ones (packing.py).
+inline Int8 spread_nibbles(__m256i packed) {
+  const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(packed));
+  const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
+                                           0x0004000400040004);
+  return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+}
+inline Int8 load_nibbles(const uint8_t* p) { return spread_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Int8 load_nibbles_part(const uint8_t* p) {  // one run of 32 columns, then zeros
+  return spread_nibbles(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+using Table = __m512i;  // of 16 values, for each 16 columns
+inline Table load_table(const int8_t* first, const int8_t* second) {  // of the first and the second half of the columns
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)first))),
+                            _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)second)), 1);
+}
+inline Int8 look_up(Int8 nibbles, Table table) { return _mm512_shuffle_epi8(table, nibbles); }
+
 #if defined(__AVX512VNNI__)
 constexpr int32_t PRODUCT_OFFSET = 128;
 using Left = __m512i;
@@ -69,6 +87,18 @@ inline int32_t total(Sum sum) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
+
+inline Int8 load_nibbles(const uint8_t* p) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+  return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+inline Int8 load_nibbles_part(const uint8_t* p) { return load_nibbles(p); }  // never shorter than 32 columns
+using Table = __m256i;
+inline Table load_table(const int8_t* first, const int8_t*) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(first)));
+}
+inline Int8 look_up(Int8 nibbles, Table table) { return _mm256_shuffle_epi8(table, nibbles); }
 
 #if defined(__AVXVNNI__)
 constexpr int32_t PRODUCT_OFFSET = 128;
@@ -117,6 +147,21 @@ inline Int8 load_part(const int8_t* p, int64_t count) {
 }
 inline Sum zero_sum() { return 0; }
 inline int32_t total(Sum sum) { return sum; }
+inline Int8 load_nibbles(const uint8_t* p) {
+  Int8 all;
+  for (int i = 0; i < 16; ++i) {
+    all.values[i] = p[i] & 15;
+    all.values[16 + i] = p[i] >> 4;
+  }
+  return all;
+}
+inline Int8 load_nibbles_part(const uint8_t* p) { return load_nibbles(p); }  // never shorter than 32 columns
+using Table = const int8_t*;
+inline Table load_table(const int8_t* first, const int8_t*) { return first; }
+inline Int8 look_up(Int8 nibbles, Table table) {
+  for (int i = 0; i < BYTES; ++i) nibbles.values[i] = table[nibbles.values[i]];
+  return nibbles;
+}
 inline const Int8& left(const Int8& w) { return w; }
 inline const Int8& right(const Int8& x) { return x; }
 inline Sum multiply_add(Sum sum, const Int8& w, const Int8& x) {
@@ -150,5 +195,132 @@ inline void store(BFloat16* p, float value) {  // half to even; a NaN stays one
   const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   p->bits = static_cast<uint16_t>(value != value ? 0x7FC0 : rounded);
 }
+
+// --- float32: a vector of FLOATS columns ---
+
+#if defined(__AVX512BW__)
+
+constexpr int FLOATS = 16;
+using Float = __m512;
+
+inline Float zero_float() { return _mm512_setzero_ps(); }
+inline Float load(const float* p) { return _mm512_loadu_ps(p); }
+inline Float multiply_add(Float sum, Float w, Float x) { return _mm512_fmadd_ps(w, x, sum); }
+inline float total(Float sum) { return _mm512_reduce_add_ps(sum); }
+inline Float widen(__m256i bfloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
+}
+inline Float widen(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Float widen_part(const BFloat16* p, int64_t count) {
+  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+}
+inline Float widen(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline Float widen_part(const int8_t* p, int64_t count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), p)));
+}
+
+// What the 16 nibbles stand for: (value - zero) * scale.
+using FloatTable = __m512;
+inline FloatTable float_table(float scale, float zero) {
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+}
+// FLOATS columns of a run: its first half lies in low nibbles, its second in high ones.
+inline Float look_up(const uint8_t* run, int column, FloatTable table) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(run)));
+  return _mm512_permutexvar_ps(column < 16 ? wide : _mm512_srli_epi32(wide, 4), table);  // looks at four bits only
+}
+
+#elif defined(__AVX2__)
+
+constexpr int FLOATS = 8;
+using Float = __m256;
+
+inline Float zero_float() { return _mm256_setzero_ps(); }
+inline Float load(const float* p) { return _mm256_loadu_ps(p); }
+inline Float multiply_add(Float sum, Float w, Float x) { return _mm256_fmadd_ps(w, x, sum); }
+inline float total(Float sum) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline Float widen(const BFloat16* p) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+inline Float widen(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <class V>
+inline Float widen_part(const V* p, int64_t count) {
+  V whole[FLOATS] = {};
+  memcpy(static_cast<void*>(whole), p, count * sizeof(V));
+  return widen(whole);
+}
+
+struct FloatTable {
+  __m256 scale, offset;
+};
+inline FloatTable float_table(float scale, float zero) {
+  return {_mm256_set1_ps(scale), _mm256_set1_ps((-8.0f - zero) * scale)};
+}
+inline Float look_up(const uint8_t* run, int column, FloatTable table) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(run + column % 16));
+  const __m128i nibbles = _mm_and_si128(column < 16 ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_xor_si128(nibbles, _mm_set1_epi8(8)));  // value + 8
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), table.scale, table.offset);
+}
+
+#else
+
+constexpr int FLOATS = 8;
+struct Float {
+  float values[FLOATS];
+};
+
+inline Float zero_float() { return {}; }
+inline Float load(const float* p) {
+  Float all;
+  memcpy(all.values, p, sizeof(all.values));
+  return all;
+}
+inline Float multiply_add(Float sum, const Float& w, const Float& x) {
+  for (int i = 0; i < FLOATS; ++i) sum.values[i] += w.values[i] * x.values[i];
+  return sum;
+}
+inline float total(const Float& sum) {
+  float s = 0;
+  for (int i = 0; i < FLOATS; ++i) s += sum.values[i];
+  return s;
+}
+inline float widen(BFloat16 value) { return to_float(value); }
+inline float widen(int8_t value) { return value; }
+template <class V>
+inline Float widen_part(const V* p, int64_t count) {
+  Float all = {};
+  for (int i = 0; i < count; ++i) all.values[i] = widen(p[i]);
+  return all;
+}
+template <class V>
+inline Float widen(const V* p) {
+  return widen_part(p, FLOATS);
+}
+
+struct FloatTable {
+  float scale, zero;
+};
+inline FloatTable float_table(float scale, float zero) { return {scale, zero}; }
+inline Float look_up(const uint8_t* run, int column, FloatTable table) {
+  Float all;
+  for (int i = 0; i < FLOATS; ++i) {
+    const int nibble = column < 16 ? run[column + i] & 15 : run[column % 16 + i] >> 4;
+    all.values[i] = (static_cast<float>(nibble < 8 ? nibble : nibble - 16) - table.zero) * table.scale;
+  }
+  return all;
+}
+
+#endif
 
 }  // namespace saccade::SACCADE_ISA

@@ -1,0 +1,84 @@
+// Products as sums along rows of the weight: for few rows of x, which are bound by reading the weight, and for many where the
+// processor has nothing better.
+#pragma once
+
+#include "linear_output.h"
+#include "linear_weights.h"
+
+namespace saccade::SACCADE_ISA {
+
+constexpr int64_t PIECE = 64;  // outputs a thread takes at once
+
+// sums[m * PIECE + n] of N outputs from `output` on and M rows of x from `row` on.
+template <int N, int M, class Weights>
+void multiply(const Weights& weights, int64_t output, const Input<typename Weights::Value>& x, int64_t row,
+              typename Weights::Number* sums) {
+  constexpr int64_t STEP = Weights::STEP;
+  typename Weights::Sum sum[N][M];
+  for (int n = 0; n < N; ++n)
+    for (int m = 0; m < M; ++m) sum[n][m] = Weights::zero();
+  const typename Weights::Value* values = x.values + row * x.stride;
+  typename Weights::Group group[N];
+  const int64_t span = weights.span();
+  for (int64_t start = 0; start < weights.columns; start += span) {
+    for (int n = 0; n < N; ++n) group[n] = weights.group(output + n, start);
+    const int64_t end = smaller(start + span, weights.columns);
+    int64_t column = start;
+    for (; column + STEP <= end; column += STEP) {
+      decltype(weights.at(0, 0, group[0])) w[N];
+      for (int n = 0; n < N; ++n) w[n] = weights.at(output + n, column, group[n]);
+      for (int m = 0; m < M; ++m) {
+        const auto x_m = Weights::input(values + m * x.stride + column);
+        for (int n = 0; n < N; ++n) sum[n][m] = multiply_add(sum[n][m], w[n], x_m);
+      }
+    }
+    if (column < end)
+      for (int n = 0; n < N; ++n) {
+        const auto w = weights.end(output + n, column, group[n]);
+        for (int m = 0; m < M; ++m)
+          sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride + column));
+      }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      sums[m * PIECE + n] = total(sum[n][m]);
+      if constexpr (PRODUCT_OFFSET != 0 && sizeof(typename Weights::Value) == 1) sums[m * PIECE + n] -= x.offsets[row + m];
+    }
+}
+
+template <int N, class Weights>
+void multiply_rows(const Weights& weights, int64_t output, const Input<typename Weights::Value>& x, int64_t row,
+                   int64_t rows, typename Weights::Number* sums) {
+  if constexpr (BLOCK_ROWS > 1) {
+    switch (rows) {
+      case 4: return multiply<N, 4>(weights, output, x, row, sums);
+      case 3: return multiply<N, 3>(weights, output, x, row, sums);
+      case 2: return multiply<N, 2>(weights, output, x, row, sums);
+    }
+  }
+  multiply<N, 1>(weights, output, x, row, sums);
+}
+
+template <class T, class Weights>
+void multiply_by_rows(const LinearCall& call) {
+  const Weights weights(call.layer);
+  const auto x = take_input<T, typename Weights::Value>(call);
+  const int64_t outputs = call.layer.out_features;
+  Pieces pieces(round_up(outputs, PIECE) / PIECE);
+  parallel([&](int, int) {
+    typename Weights::Number sums[BLOCK_ROWS * PIECE];
+    for (int64_t piece; (piece = pieces.next()) >= 0;) {
+      const int64_t first = piece * PIECE, count = smaller(outputs - first, PIECE);
+      for (int64_t row = 0; row < call.rows; row += BLOCK_ROWS) {
+        const int64_t rows = smaller(call.rows - row, BLOCK_ROWS);
+        int64_t n = 0;
+        for (; n + BLOCK_OUTPUTS <= count; n += BLOCK_OUTPUTS)
+          multiply_rows<BLOCK_OUTPUTS>(weights, first + n, x, row, rows, sums + n);
+        for (; n < count; ++n) multiply_rows<1>(weights, first + n, x, row, rows, sums + n);
+        for (int64_t m = 0; m < rows; ++m) finish<T>(call, x, sums + m * PIECE, row + m, first, count);
+      }
+    }
+  });
+}
+
+}  // namespace saccade::SACCADE_ISA

@@ -54,6 +54,7 @@ FLOORS: list[dict[str, list[str]]] = [
         "grounding": [],
         "quantize": [
             "report",
+            "report_page",
             "recipe",
             "calibration",
             "forward",

@@ -17,6 +17,12 @@ from saccade.verify.options import VerifyOptions
 @click.option("--against", metavar="MODEL", help="the float model it was made from: folder, hub id, or demo")
 @click.option("--image", "images", multiple=True, help="a picture to ask about instead of the shipped ones; repeatable")
 @click.option("--question", default="Please describe this picture in detail.", show_default=True, help="about --image")
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="write report.html and .json there",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON")
 @click.option("--strict", is_flag=True, help="exit with 1 for warnings, too")
 @flags(VerifyOptions)
@@ -25,6 +31,7 @@ def command(
     against: str | None,
     images: tuple[str, ...],
     question: str,
+    report_folder: Path | None,
     as_json: bool,
     strict: bool,
     **values: Any,
@@ -39,6 +46,7 @@ def command(
     from saccade.checkpoints.hub import resolve
     from saccade.demo import questions
     from saccade.quantize.report import to_json
+    from saccade.quantize.report_page import write_report
     from saccade.verify.verification import render, verify
 
     if images:
@@ -46,6 +54,8 @@ def command(
     else:
         conversations = [asked.messages for asked in questions() if asked.images]
     report = verify(folder, None if against is None else resolve(against), conversations, options)
+    if report_folder is not None:
+        write_report(report, report_folder)
     if as_json:
         print(to_json(report))
     else:

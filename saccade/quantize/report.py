@@ -50,13 +50,16 @@ class LayerMeasure:
     """One linear of the checkpoint. What was not measured is None or absent.
 
     `output_db`: SQNR of its output when the blocks before are exact, by kind of token: the error of this linear and of those
-    before it in its block. `weight_db`: SQNR of the weight alone against the source's, where both are in one basis.
+    before it in its block. Of the three that make it, each alone: `weight_db` of the weight against the source's, in one basis;
+    `rounding_db` of its input by being rounded; `input_db` of its input by the linears before it.
     """
 
     module: str  # "model.layers.3.self_attn.q_proj"
     scheme: str  # "w8a8", "dense"
     output_db: Mapping[str, float] = field(default_factory=dict)
     weight_db: float | None = None
+    rounding_db: float | None = None
+    input_db: float | None = None
     ranges: InputRange | None = None
     clipped: float | None = None  # share of input values that a static range cut
     kurtosis: float | None = None  # of the source's weight; 3 is a normal distribution

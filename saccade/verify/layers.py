@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from saccade.base.meter import progress
 from saccade.checkpoints.formats import EMBEDDING, Checkpoint
 from saccade.kernels.record import Kernels, Segments
+from saccade.kernels.reference import quantize_rows, quantize_static
 from saccade.model.language import DecoderLayer, WholeSequences
 from saccade.model.layers import Embedding, Filled, Filling, Linear, Norm, fill
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.model.vision import Merger, VisionBlock
 from saccade.quantize.report import KINDS, QUANTILES, BlockMeasure, InputRange, LayerMeasure, sqnr_db
-from saccade.schemes.scheme import Static
+from saccade.schemes.affine import quantize_rows_fp8
+from saccade.schemes.scheme import Static, Weight
 from saccade.verify.samples import Packed, Sample, pack
 
 FREE_OUTPUTS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")  # up to a factor of each channel
+NORMED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the decoder: they read the stream
 RESIDUAL_OUTPUTS = ("o_proj", "mlp.down_proj", "merger.mlp.2")  # of the language model: in the stream's basis
 SAME_BASIS = 1e-3  # relative distance of two embeddings up to which the stream is taken to be unrotated
 FITTED_ROWS = 4  # per width, of the embedding, that a rotation is found from
@@ -157,8 +160,14 @@ class _Pair:
         return rows if self.rotation is None or not is_in_stream else rows @ self.rotation.T
 
     def _measure_linears(self, seen: dict[str, _Seen], seen_there: dict[str, _Seen]) -> None:
+        masks = self._masks()
+        usual = ~self.packed.mask("first") if self._is_text else masks["picture"]
         for module, ours in seen.items():
             theirs = seen_there[module]
+            arrived = theirs.input
+            if self.rotation is not None and self._is_text and module.endswith(NORMED_INPUTS):
+                arrived = arrived @ self.rotation.T
+            arrived = arrived * channel_factors(ours.input, arrived)
             is_in_stream = module.endswith(RESIDUAL_OUTPUTS) and (self._is_text or module.endswith("merger.mlp.2"))
             output = self._back(theirs.output, is_in_stream)
             if module.endswith(FREE_OUTPUTS):
@@ -167,8 +176,10 @@ class _Pair:
                 LayerMeasure(
                     module,
                     theirs.scheme,
-                    {kind: _sqnr(ours.output, output, mask) for kind, mask in self._masks().items()},
-                    ranges=InputRange(_quantiles(ours.input_maxima), _quantiles(theirs.input_maxima)),
+                    {kind: _sqnr(ours.output, output, mask) for kind, mask in masks.items()},
+                    rounding_db=None if theirs.rounded is None else _sqnr(theirs.input, theirs.rounded, usual),
+                    input_db=_sqnr(ours.input, arrived, usual),
+                    ranges=InputRange(_quantiles(ours.input), _quantiles(theirs.input)),
                     clipped=theirs.clipped,
                     kurtosis=ours.kurtosis,
                     size_bytes=theirs.size_bytes,
@@ -222,7 +233,8 @@ class _Seen:
     """One forward of one linear of the file: its part of the stacked product."""
 
     output: Tensor  # [T, O]
-    input_maxima: Tensor  # [H]
+    input: Tensor  # [T, H]
+    rounded: Tensor | None  # [T, H]: the input as the product sees it, where it is quantized
     scheme: str
     clipped: float | None
     kurtosis: float | None
@@ -238,14 +250,14 @@ def _recorded(block: nn.Module) -> Iterator[dict[str, _Seen]]:
 
         def forward(x: Tensor, layer: Linear = layer) -> Tensor:
             y, weight = layer.kernels.linear(x, layer.weight), layer.weight
-            maxima = x.abs().amax(0)
+            rounded = _rounded(x, weight)
             clipped = None if weight.static is None else _clipped(x, weight.static)
             rows = list(layer.parts.values())
             weights = torch.split(weight.values, rows) if weight.scheme.is_dense else [None] * len(rows)
             for module, output, values in zip(layer.parts, torch.split(y, rows, dim=1), weights, strict=True):
                 kurtosis = None if values is None else _kurtosis(values)
                 size = weight.size_bytes * output.shape[1] // layer.out_features
-                seen[module] = _Seen(output, maxima, weight.scheme.name, clipped, kurtosis, size)
+                seen[module] = _Seen(output, x, rounded, weight.scheme.name, clipped, kurtosis, size)
             return y
 
         layer.forward = forward  # type: ignore[method-assign]
@@ -265,8 +277,19 @@ def _kurtosis(values: Tensor) -> float:
     return float(wide.pow(4).mean() / wide.pow(2).mean().pow(2).clamp_min(1e-30))
 
 
-def _quantiles(maxima: Tensor) -> tuple[float, ...]:
-    return tuple(torch.quantile(maxima.float().cpu(), torch.tensor(QUANTILES)).tolist())
+def _rounded(x: Tensor, weight: Weight) -> Tensor | None:
+    """What the weight's scheme makes of its input, in x's own units."""
+    if weight.static is not None:
+        return (quantize_static(x, weight.static).float() - weight.static.zero) * weight.static.scale
+    if weight.scheme.activation == "none":
+        return None
+    whole, scale = (quantize_rows_fp8 if weight.scheme.is_float else quantize_rows)(x)
+    return whole.float() * scale[:, None]
+
+
+def _quantiles(x: Tensor) -> tuple[float, ...]:
+    """Over the channels, of each one's largest magnitude."""
+    return tuple(torch.quantile(x.abs().amax(0).float().cpu(), torch.tensor(QUANTILES)).tolist())
 
 
 # --- distances -------------------------------------------------------------------------------------------------------

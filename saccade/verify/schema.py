@@ -17,6 +17,7 @@ from saccade.checkpoints import ascend
 from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, find_problems, find_strangers
 from saccade.quantize.report import Check
 from saccade.schemes.affine import integer_values
+from saccade.schemes.packing import unpack
 from saccade.schemes.scheme import Weight
 
 SIDE_FILES = ("preprocessor_config.json", "generation_config.json")
@@ -150,8 +151,9 @@ def find_oddities(checkpoint: Checkpoint, module: str, weight: Weight) -> Iterat
         if bool((off := (top < low) & (top > 0)).any()):
             yield f"{_rows(off)} use{'s'[: int(off.sum()) == 1]} less than half of the integers: the scale is too large"
     name = f"{module}.scale_bias"
-    if weight.group_scale is not None and name in checkpoint:
-        stored, expected = checkpoint.tensor(name), ascend.scale_bias(module, weight)
+    if weight.group_scale is not None and weight.scale is not None and name in checkpoint:
+        values, second = unpack(weight.values), weight.group_scale.float()
+        stored, expected = checkpoint.tensor(name), ascend.scale_bias(module, values, weight.scale[:, None], second)
         if stored.shape != expected.shape:
             yield f"scale_bias has shape {list(stored.shape)}; engines load {list(expected.shape)}"
         elif not torch.allclose(stored.float(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):

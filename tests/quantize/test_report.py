@@ -34,7 +34,9 @@ WHOLE = QuantizationReport(
     logits=LogitsMeasure(2, 30, 0.001, 0.02, 0.99, 0.9),
     blocks=(BlockMeasure("model.layers.0", {"text": 40.0}, {"text": 0.9999}, {"text": 38.0}),),
     layers=(
-        LayerMeasure("model.layers.0.mlp.gate_proj", "w8a8", {"text": 41.0}, 42.0, InputRange((0.0,) * 7, (1.0,) * 7)),
+        LayerMeasure(
+            "model.layers.0.mlp.gate_proj", "w8a8", {"text": 41.0}, 42.0, ranges=InputRange((0.0,) * 7, (1.0,) * 7)
+        ),
         LayerMeasure("lm_head", "dense"),
     ),
 )

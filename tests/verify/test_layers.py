@@ -13,8 +13,11 @@ from saccade.checkpoints.formats import open_checkpoint
 from saccade.kernels import reference
 from saccade.scoring import score_prompts
 from saccade.verify.layers import SideBySide, find_rotation, run_side_by_side
+from saccade.verify.options import VerifyOptions
 from saccade.verify.samples import Sample, pack
+from saccade.verify.verification import verify
 from saccade.verify.weights import compare_weight, compare_weights
+from tests.goldens import GOLDENS, needs_goldens
 
 from .conftest import changed, edited
 
@@ -61,6 +64,17 @@ def test_kinds_of_tokens_are_told_apart(tiny_checkpoint: Path, dynamic: Path, sa
     layers = {layer.module: layer for layer in compare(tiny_checkpoint, dynamic, samples).layers}
     assert set(layers[f"{LAYER}self_attn.q_proj"].output_db) == {"text", "picture", "first"}
     assert set(layers["visual.blocks.0.attn.qkv"].output_db) == {"picture"}
+
+
+def test_the_parts_of_an_error_are_told_apart(tiny_checkpoint: Path, dynamic: Path, samples: list[Sample]) -> None:
+    layers = {layer.module: layer for layer in compare(tiny_checkpoint, dynamic, samples).layers}
+    q, o = (layers[f"{LAYER}self_attn.{part}"] for part in ("q_proj", "o_proj"))
+    assert q.input_db == 200  # nothing quantized lies between the stream and it
+    assert o.input_db is not None
+    assert o.rounding_db is not None
+    assert 20 < o.input_db < 60
+    assert 35 < o.rounding_db < 60
+    assert layers["visual.merger.mlp.2"].rounding_db is None  # it is dense
 
 
 def test_the_error_of_a_layer_is_found_at_that_layer(
@@ -179,3 +193,19 @@ def test_a_tied_head_is_the_embedding_of_each_model(tmp_path: Path) -> None:
     found = compare(source, source, samples)
     torch.testing.assert_close(found.exact, served(source, samples), rtol=0, atol=1e-4)
     assert torch.equal(found.exact, found.quantized)
+
+
+@needs_goldens
+def test_what_the_reference_gets_wrong_is_found(tmp_path: Path) -> None:
+    """Its 4-bit files hold vision scale_bias that no engine loads, and leave merges.txt behind."""
+    case = GOLDENS / "w4a8_m4_vllm"
+    report = verify(case / "output", case / "input", options=VerifyOptions(hashes=False))
+    checks = {check.name: check for check in report.checks}
+    assert checks["files"].details[0].startswith("merges.txt")
+    assert [line.split(":")[0] for line in checks["numbers"].details] == [
+        "visual.blocks.0.attn.qkv",
+        "visual.blocks.0.attn.proj",
+    ]
+    assert all("scale_bias has shape" in line for line in checks["numbers"].details)
+    assert checks["weights"].verdict == "warn"  # outliers moved into groups of 256 weights of 4 bits: 9 dB
+    assert "6 rescaled between layers" in checks["weights"].facts

@@ -22,6 +22,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "cpu_linear",
             "cpu_small",
             "cpu_attention",
+            "cpu_decoder",
             "cpu",
             "triton_rows",
             "triton_attention",

@@ -14,6 +14,7 @@ from saccade.engine.batch import Batch, Placement
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Medium
 from saccade.kernels.record import Kernels, PagedLayout
+from saccade.model.language import rotary_angles
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 
 PATCHES_AT_ONCE = 8192  # of small media that go through the tower together
@@ -73,6 +74,8 @@ class Runner:
     def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int, encoder_cache_bytes: int) -> None:
         self.model = model
         self.cache = PagedCache(model, num_blocks, block_size)
+        plan = model.kernels.plan_decoder
+        self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower
 
@@ -105,6 +108,8 @@ class Runner:
         media_rows, media_features = _place(batch.placements, features, batch.token_ids.device)
         self.cache.layout = batch.layout
         x = self.model.embed(batch.token_ids, media_rows, media_features)
+        if self.decoder_step is not None:
+            return self.decoder_step(x, *rotary_angles(self.model.config.text, batch.positions), batch.layout)
         return self.model(x, batch.positions, self.cache)  # type: ignore[no-any-return]
 
     @torch.inference_mode()

@@ -66,6 +66,8 @@ def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Ker
             raise OptionError(f"back end {back_end!r} of kernel {op!r} does not serve {device} here: {lack}")
         chosen[op] = back_end
     made = {name: _make(name) for name in set(chosen.values())}
+    if len(made) == 1:
+        return made.popitem()[1]
     return Kernels(
         **{op: getattr(made[name], op) for op, name in chosen.items()},
         sources={op: made[name].sources[op] for op, name in chosen.items()},

@@ -51,7 +51,7 @@ def attention_varlen(library: Library) -> AttentionVarlen:
         if not are_ours(q, k, v):
             return reference.attention_varlen(q, k, v, segments, scale, causal)
         q, k, v = heads_together(q), heads_together(k), heads_together(v)
-        lengths = _int64s(segments.lengths)
+        lengths = int64s(segments.lengths)
         op = _attention(q, k, v, lengths, lengths, scale)
         op.k_stride, op.v_stride, op.causal = k.stride(0), v.stride(0), causal
         return call(op, q)
@@ -67,7 +67,7 @@ def attention_paged(library: Library) -> AttentionPaged:
         if not are_ours(q, k_cache, v_cache) or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
             return reference.attention_paged(q, k_cache, v_cache, layout, scale)
         q, tables = heads_together(q), layout.block_tables.contiguous()
-        queries, contexts = _int64s(layout.query_lengths), _int64s(layout.context_lengths)
+        queries, contexts = int64s(layout.query_lengths), int64s(layout.context_lengths)
         op = _attention(q, k_cache, v_cache, queries, contexts, scale)
         op.block_tables, op.table_width, op.block_size = tables.data_ptr(), tables.shape[1], k_cache.shape[1]
         op.k_stride, op.v_stride, op.causal = k_cache.stride(1), v_cache.stride(1), True
@@ -112,5 +112,5 @@ def _function(library: Library) -> Callable[[Attention, Tensor], Tensor]:
     return call
 
 
-def _int64s(values: Sequence[int]) -> Int64s:
+def int64s(values: Sequence[int]) -> Int64s:
     return (c_int64 * len(values))(*values)

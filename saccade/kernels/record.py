@@ -112,8 +112,45 @@ class AttentionPaged(Protocol):
 
 
 @dataclass(frozen=True)
+class DecoderLayerWeights:
+    input_gain: Tensor
+    qkv: Weight
+    output: Weight
+    post_gain: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All that is fixed of a decoder but its table and its head; `gain` is the last norm's."""
+
+    layers: tuple[DecoderLayerWeights, ...]
+    gain: Tensor
+    eps: float
+    num_heads: int
+
+
+class DecoderStep(Protocol):
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PagedLayout) -> Tensor:
+        """x: [T, H] embedded tokens; cos, sin: [T, D/2] float32. Stores their keys and values in the planned cache.
+
+        Returns the normed last hidden rows [T, H], to the bit what the ops give one by one.
+        """
+
+
+class PlanDecoder(Protocol):
+    def __call__(self, weights: DecoderWeights, cache: Tensor) -> DecoderStep | None:
+        """cache: [layers, 2, blocks, block_size, K, D]. The step over these numbers, which stay where they are; None where
+        the back end would rather be called op by op."""
+
+
+@dataclass(frozen=True)
 class Kernels:
-    """Every op of the model; `sources` says which back end each comes from."""
+    """Every op of the model; `sources` says which back end each comes from.
+
+    `plan_decoder`: where a back end has all ops of the decoder, a step of it as one call; without Python between the ops.
+    """
 
     linear: Linear
     rms_norm: RmsNorm
@@ -123,6 +160,7 @@ class Kernels:
     store_kv: StoreKv
     attention_paged: AttentionPaged
     sources: Mapping[str, str] = field(default_factory=dict)
+    plan_decoder: PlanDecoder | None = None
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name != "sources")
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("sources", "plan_decoder"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.checkpoints.config import TextConfig
-from saccade.kernels.record import Kernels, Segments
+from saccade.kernels.record import DecoderLayerWeights, DecoderWeights, Kernels, Segments
 from saccade.model.layers import Embedding, GatedMlp, Linear, Norm
 
 
@@ -61,6 +61,16 @@ class DecoderLayer(nn.Module):
         self.post_norm = Norm(kernels, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=False)
 
+    def weights(self) -> DecoderLayerWeights:
+        return DecoderLayerWeights(
+            input_gain=self.input_norm.gain,
+            qkv=self.attention.qkv.weight,
+            output=self.attention.output.weight,
+            post_gain=self.post_norm.gain,
+            gate_up=self.mlp.gate_up.weight,
+            down=self.mlp.down.weight,
+        )
+
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
@@ -83,6 +93,11 @@ class LanguageModel(nn.Module):
         for index, layer in enumerate(self.layers):
             yield f"model.layers.{index}", layer
         yield "model.norm", self.norm
+
+    def weights(self) -> DecoderWeights:
+        """The filled layers' numbers, for a back end that runs them as one call."""
+        layers = [layer.weights() for layer in self.layers if isinstance(layer, DecoderLayer)]
+        return DecoderWeights(tuple(layers), self.norm.gain, self.norm.eps, self.config.num_heads)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x: [T, H] embedded tokens; positions: [3, T] int64. Returns the normed last hidden rows [T, H]."""

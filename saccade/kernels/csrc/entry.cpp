@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "attention.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "pool.h"
@@ -40,3 +41,7 @@ ENTRY void saccade_rms_norm(const SaccadeNorm* op) { SACCADE_CALL(rms_norm)(*op)
 ENTRY void saccade_silu_mul(const SaccadeSiluMul* op) { SACCADE_CALL(silu_mul)(*op); }
 ENTRY void saccade_rope(const SaccadeRope* op) { SACCADE_CALL(rope)(*op); }
 ENTRY void saccade_store(const SaccadeStore* op) { SACCADE_CALL(store_rows)(*op); }
+
+// --- the decoder ---
+
+ENTRY void saccade_decode(const SaccadeDecoder* decoder, const SaccadeStep* step) { saccade::decode(*decoder, *step); }

@@ -1,0 +1,38 @@
+"""The decoder as one call gives what its ops give one by one, to the bit; and is there when it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saccade import LLM, SamplingParams
+from saccade.kernels.library import load
+from tests.engine.test_engine import conversation
+
+pytestmark = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
+WITH_LOGPROBS = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=4)
+Open = Callable[..., LLM]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_call_has_the_bits_of_the_ops_one_by_one(tiny_checkpoint: Path, dtype: str) -> None:
+    """Prompts in chunks, decoding together: tokens and log probabilities are equal."""
+    answers = []
+    for one_by_one in (False, True):
+        options: dict[str, Any] = {"max_tokens_per_step": 40, "kv_cache_tokens": 4096, "quantization": "w8a8-dynamic"}
+        llm = LLM(tiny_checkpoint, device="cpu", dtype=dtype, **options)
+        assert llm.engine.runner.decoder_step is not None
+        if one_by_one:
+            llm.engine.runner.decoder_step = None
+        outputs = llm.chat([conversation(seed) for seed in range(6)], WITH_LOGPROBS)
+        answers.append([(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs])
+    assert answers[0] == answers[1]
+
+
+def test_an_op_of_another_back_end_is_called(open_tiny: Open) -> None:
+    """There is no one call where one op is taken from elsewhere: bisecting a wrong number must reach the op."""
+    llm = open_tiny(quantization="w8a8-dynamic", kernels={"rope": "reference"})
+    assert llm.engine.runner.decoder_step is None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.base.meter import progress
-from saccade.checkpoints.formats import EMBEDDING, Checkpoint
+from saccade.checkpoints.formats import Checkpoint
 from saccade.kernels.record import Kernels, Segments
 from saccade.kernels.reference import quantize_rows, quantize_static
 from saccade.model.language import DecoderLayer, WholeSequences
@@ -32,13 +32,12 @@ from saccade.model.vision import Merger, VisionBlock
 from saccade.quantize.report import KINDS, QUANTILES, BlockMeasure, InputRange, LayerMeasure, sqnr_db
 from saccade.schemes.affine import quantize_rows_fp8
 from saccade.schemes.scheme import Static, Weight
+from saccade.verify.basis import find_rotation, turned, value_rotations
 from saccade.verify.samples import Packed, Sample, pack
 
 FREE_OUTPUTS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")  # up to a factor of each channel
 NORMED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the decoder: they read the stream
 RESIDUAL_OUTPUTS = ("o_proj", "mlp.down_proj", "merger.mlp.2")  # of the language model: in the stream's basis
-SAME_BASIS = 1e-3  # relative distance of two embeddings up to which the stream is taken to be unrotated
-FITTED_ROWS = 4  # per width, of the embedding, that a rotation is found from
 
 
 @dataclass
@@ -60,19 +59,25 @@ def run_side_by_side(
     packed = pack(samples, source.config)
     rotation = find_rotation(source, quantized)
     found = SideBySide(is_rotated=rotation is not None)
-    exact, other = Qwen2_5_VL(source.config, kernels), Qwen2_5_VL(source.config, kernels)
+    exact, other = Qwen2_5_VL(source.config, kernels), Qwen2_5_VL(quantized.config, kernels)
     fillings = tuple(Filling(checkpoint, torch.float32, device) for checkpoint in (source, quantized))
-    with progress(sum(1 for _ in exact.blocks()), "comparing") as advance:
-        for (name, ours), (_, theirs) in zip(exact.blocks(), other.blocks(), strict=True):
-            pair = _Pair(name, ours, theirs, fillings, packed, rotation, found, advance)
-            ours.forward = pair.forward
-        if source.config.text.tie_word_embeddings:
-            head = _Pair("lm_head", exact.lm_head, other.lm_head, fillings, packed, rotation, found, advance)
-            head.embeddings = (exact.language.embed_tokens, other.language.embed_tokens)
-            exact.lm_head.forward = head.forward  # type: ignore[method-assign,assignment]
+    names = [name for name, _ in exact.blocks() if name != "lm_head"]
+    blocks, others = dict(exact.blocks()), dict(other.blocks())
+    with progress(len(names) + 1, "comparing") as advance:
+        for name in names:
+            pair = _Pair(name, blocks[name], others[name], fillings, packed, rotation, found, advance)
+            blocks[name].forward = pair.forward
+        head = _Pair("lm_head", exact.lm_head, other.lm_head, fillings, packed, rotation, found, advance)
+        head.embeddings = (tied_embedding(exact), tied_embedding(other))
+        exact.lm_head.forward = head.forward  # type: ignore[method-assign,assignment]
         logits = _forward(exact, packed, kernels, device)
     found.exact, found.quantized = (half.float().cpu() for half in logits.chunk(2))
     return found
+
+
+def tied_embedding(model: Qwen2_5_VL) -> Embedding | None:
+    """What the head shares its numbers with, None if it has its own."""
+    return model.language.embed_tokens if model.config.text.tie_word_embeddings else None
 
 
 def _forward(model: Qwen2_5_VL, packed: Packed, kernels: Kernels, device: torch.device) -> Tensor:
@@ -106,7 +111,7 @@ class _Pair:
     rotation: Tensor | None  # [H, H]: a row x of our stream is x @ rotation in theirs
     found: SideBySide
     advance: Callable[[int], None]
-    embeddings: tuple[Embedding, Embedding] | None = None  # of a tied head
+    embeddings: tuple[Embedding | None, Embedding | None] = (None, None)  # of tied heads
 
     def forward(self, *arguments: Any) -> Any:
         first, second = ([_half(argument, which) for argument in arguments] for which in (0, 1))
@@ -128,16 +133,28 @@ class _Pair:
 
     @contextmanager
     def _filled(self) -> Iterator[None]:
-        for block, filling, number in zip((self.ours, self.theirs), self.fillings, (0, 1), strict=True):
-            if self.embeddings is not None:
+        for block, filling, embedding in zip((self.ours, self.theirs), self.fillings, self.embeddings, strict=True):
+            if embedding is not None:
                 assert isinstance(block, Linear), "a head is a linear"
-                fill(self.embeddings[number], filling)
-                block.weight = self.embeddings[number].weight
+                fill(embedding, filling)
+                block.weight = embedding.weight
             else:
                 fill(block, filling)
         yield
         for block in (self.ours, self.theirs):
             empty(block)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, Checkpoint]:
+        ours, theirs = (filling.source for filling in self.fillings)
+        assert isinstance(ours, Checkpoint), "both are filled from checkpoints"
+        assert isinstance(theirs, Checkpoint), "both are filled from checkpoints"
+        return ours, theirs
+
+    @property
+    def _queries_per_key(self) -> int:
+        text = self.checkpoints[0].config.text
+        return text.num_heads // text.num_kv_heads
 
     @property
     def _is_text(self) -> bool:
@@ -167,9 +184,15 @@ class _Pair:
             arrived = theirs.input
             if self.rotation is not None and self._is_text and module.endswith(NORMED_INPUTS):
                 arrived = arrived @ self.rotation.T
+            if self.rotation is not None and module.endswith("o_proj"):
+                heads = value_rotations(*self.checkpoints, module.removesuffix(".o_proj"), self.rotation)
+                arrived = turned(arrived, heads.repeat_interleave(self._queries_per_key, 0).transpose(1, 2))
             arrived = arrived * channel_factors(ours.input, arrived)
             is_in_stream = module.endswith(RESIDUAL_OUTPUTS) and (self._is_text or module.endswith("merger.mlp.2"))
             output = self._back(theirs.output, is_in_stream)
+            if self.rotation is not None and module.endswith("self_attn.v_proj"):
+                heads = value_rotations(*self.checkpoints, module.removesuffix(".v_proj"), self.rotation)
+                output = turned(output, heads.transpose(1, 2))
             if module.endswith(FREE_OUTPUTS):
                 output = output * channel_factors(ours.output, output)
             self.found.layers.append(
@@ -293,28 +316,6 @@ def _quantiles(x: Tensor) -> tuple[float, ...]:
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
-
-
-def find_rotation(source: Checkpoint, quantized: Checkpoint) -> Tensor | None:
-    """[H, H] orthogonal R with E_quantized = E_source R; None where the embeddings are alike as they are.
-
-    The orthogonal map that brings one embedding nearest to the other (Schönemann 1966), from some of its rows.
-    """
-    num_rows, width = source.info(EMBEDDING).shape
-    rows = slice(0, min(num_rows, FITTED_ROWS * width))
-    tables = []
-    for checkpoint in (source, quantized):
-        table = torch.empty(rows.stop, width)
-        checkpoint.read_into(EMBEDDING, table, rows)
-        tables.append(table)
-    ours, theirs = tables
-    if float((ours - theirs).norm()) <= SAME_BASIS * float(ours.norm()):
-        return None
-    left, _, right = torch.linalg.svd(ours.T @ theirs)
-    rotation = left @ right
-    # Rows that no orthogonal map explains are damage, for other checks to name; then the basis is taken to be ours.
-    distance = float((ours @ rotation - theirs).norm() / ours.norm())
-    return rotation if distance < 0.1 else None
 
 
 def channel_factors(exact: Tensor, other: Tensor) -> Tensor:

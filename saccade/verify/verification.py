@@ -35,7 +35,8 @@ from saccade.quantize.report import (
 )
 from saccade.schemes.scheme import SCHEMES
 from saccade.scoring import ScoredAnswer, TokenDivergence, join, score_prompts, token_divergence
-from saccade.verify.layers import SideBySide, find_rotation, run_side_by_side
+from saccade.verify.basis import find_rotation
+from saccade.verify.layers import SideBySide, run_side_by_side
 from saccade.verify.options import VerifyOptions
 from saccade.verify.samples import Sample
 from saccade.verify.schema import check_choice, check_files, check_numbers, check_tensors
@@ -200,7 +201,7 @@ def check_weights(measures: Sequence[WeightMeasure]) -> Check:
 
 _BASES = {
     "source": "as in the source",
-    "smoothed": "smoothed through norms",
+    "smoothed": "smoothed through norms or rotated",
     "rescaled": "rescaled between layers",
     "unknown": "in an unknown basis",
 }

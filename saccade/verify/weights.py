@@ -2,7 +2,7 @@
 
 Smoothing and rotation change weights and not the function. What they may do is known, and undone before comparing:
 - a factor of each input channel, which the norm before carries: it is the ratio of the two norms' gains;
-- an orthogonal map of the residual stream, which is found from the embeddings (`layers.find_rotation`);
+- an orthogonal map of the residual stream, and of each head's values (`basis.py`);
 - a positive factor of each channel between v and o, up and down, and q and k: it stands nowhere and is fitted, where the
   weights do not fit as they are.
 What fits in none of these ways is damaged, or was changed in a way unknown here. Reads some rows at a time.
@@ -11,7 +11,7 @@ Letters: O outputs, H inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,26 +19,18 @@ import torch
 from torch import Tensor
 
 from saccade.base.meter import progress
-from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from saccade.checkpoints.formats import Checkpoint, expected_tensors
 from saccade.quantize.report import EXACT_DB, sqnr_db
 from saccade.schemes.affine import dequantize
 from saccade.schemes.scheme import DENSE, Scheme, Weight
+from saccade.verify.basis import Rows, expected_rows, rows_of, turned, value_rotations
 
 Basis = Literal["source", "smoothed", "rescaled", "unknown"]
 BiasState = Literal["same", "changed", "lost", "unknown"]
 
-# By the last part of a linear's name below its block: the norm it follows, and which of its channels carry a free factor.
-NORM_BEFORE = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.k_proj": "input_layernorm",
-    "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm",
-}
-TOWER_NORM_BEFORE = {"attn.qkv": "norm1", "mlp.gate_proj": "norm2", "mlp.up_proj": "norm2"}
+# Which channels of a linear may carry a factor that another linear undoes.
 FREE_ROWS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")
 FREE_COLUMNS = ("o_proj", "attn.proj", "down_proj")
-ROTATED_ROWS = ("o_proj", "mlp.down_proj")  # of the decoder: they write to the residual stream
 
 # How far an honest row may lie from the source's, by bits: the factor between them, and its SQNR. Rounding to nearest moves the
 # factor of an 8-bit row by less than 1 % and that of a 4-bit row, some of which is clipped, by less than 10 %. A row whose
@@ -51,8 +43,6 @@ TENSOR_FLOOR_DB = {16: 40.0, 8: 30.0, 4: 12.0}
 BIAS_TOLERANCE = 0.01  # of its norm: bfloat16 rounds by 0.4 %
 MANY = 0.1  # share of bad rows beyond which the whole basis is in doubt, not the rows
 ROWS_AT_ONCE = 4096
-
-Rows = Callable[[slice], Tensor]  # some rows of a matrix, [rows, H] float32
 
 
 @dataclass(frozen=True)
@@ -102,12 +92,15 @@ def _compare_bias(
         return "unknown"
     if rotation is not None and module == "visual.merger.mlp.2":
         before = before @ rotation
+    if rotation is not None and module.endswith("self_attn.v_proj"):
+        heads = value_rotations(source, quantized, module.removesuffix(".v_proj"), rotation)
+        before = turned(before[None], heads)[0]
     return "same" if float((after - before).norm()) <= BIAS_TOLERANCE * float(before.norm()) else "changed"
 
 
 def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> WeightMeasure:
     weight = quantized.weight(module)
-    rows = _rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
+    rows = rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
     scheme = DENSE if weight is None else weight.scheme
     num_rows = source.info(f"{module}.weight").shape[0]
     eps = torch.finfo(source.info(f"{module}.weight").dtype).eps
@@ -125,69 +118,6 @@ def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rota
     else:
         return plain.measure(module, scheme, "unknown" if rotation is not None else "source", None)
     return fitted.measure(module, scheme, "rescaled" if fitted.share_bad <= MANY else "unknown", None)
-
-
-# --- what is expected ------------------------------------------------------------------------------------------------
-
-
-def expected_rows(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> tuple[Rows, bool]:
-    """The source's weight in the quantized checkpoint's basis as norms and rotation give it, and whether that changes it.
-
-    Of a weight W behind a norm of gain g, where the other checkpoint has g': W diag(g) R diag(1 / g').
-    """
-    own = _rows_of(source, f"{module}.weight")
-    columns, is_smoothed = norm_ratio(source, quantized, module)
-    if rotation is None or not (module.startswith("model.") or module in ("lm_head", "visual.merger.mlp.2")):
-        return (own if columns is None else lambda rows: own(rows) * columns), is_smoothed
-    if module == EMBEDDING.removesuffix(".weight"):
-        return lambda rows: own(rows) @ rotation, True
-    if module.endswith((*ROTATED_ROWS, "merger.mlp.2")):
-        return lambda rows: rotation[:, rows].T @ own(slice(None)), True
-    if columns is None:
-        return own, False
-    before, after = (_gain(checkpoint, module) for checkpoint in (source, quantized))
-    return lambda rows: (own(rows) * before) @ rotation / after, True
-
-
-def norm_ratio(source: Checkpoint, quantized: Checkpoint, module: str) -> tuple[Tensor | None, bool]:
-    """[H] float32: the factor of each input channel that the norm before gave up, None where no norm is; whether any is not 1."""
-    if norm_before(module) is None:
-        return None, False
-    before, after = (_gain(checkpoint, module) for checkpoint in (source, quantized))
-    ratio = torch.where(after == 0, 1.0, before / after)
-    return ratio, not torch.equal(before, after)
-
-
-def norm_before(module: str) -> str | None:
-    """The norm whose output is the linear's input."""
-    if module == "lm_head":
-        return "model.norm"
-    if module == "visual.merger.mlp.0":
-        return "visual.merger.ln_q"
-    block, name = ".".join(module.split(".")[:3]), ".".join(module.split(".")[3:])
-    norm = (TOWER_NORM_BEFORE if module.startswith("visual.") else NORM_BEFORE).get(name)
-    return norm and f"{block}.{norm}"
-
-
-def _gain(checkpoint: Checkpoint, module: str) -> Tensor:
-    """[H] of the norm before `module`; the merger's is repeated for the patches of a unit."""
-    norm = norm_before(module)
-    gain = checkpoint.tensor(f"{norm}.weight").float()
-    return gain.repeat(checkpoint.config.vision.merge_unit) if norm == "visual.merger.ln_q" else gain
-
-
-def _rows_of(checkpoint: Checkpoint, name: str) -> Rows:
-    if name == HEAD and HEAD not in checkpoint:
-        name = EMBEDDING
-    shape = checkpoint.info(name).shape
-
-    def read(rows: slice) -> Tensor:
-        first, last, _ = rows.indices(shape[0])
-        out = torch.empty(last - first, *shape[1:])
-        checkpoint.read_into(name, out, slice(first, last))
-        return out.flatten(1)
-
-    return read
 
 
 def _dequantized(weight: Weight) -> Rows:

@@ -12,7 +12,8 @@ from saccade import LLM
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.kernels import reference
 from saccade.scoring import score_prompts
-from saccade.verify.layers import SideBySide, find_rotation, run_side_by_side
+from saccade.verify.basis import find_rotation, turned
+from saccade.verify.layers import SideBySide, run_side_by_side
 from saccade.verify.options import VerifyOptions
 from saccade.verify.samples import Sample, pack
 from saccade.verify.verification import verify
@@ -143,13 +144,21 @@ def test_smoothed_weights_are_compared_in_their_own_basis(tiny_checkpoint: Path,
 
 
 def rotate(tensors: dict[str, Tensor]) -> None:
-    """The residual stream by a random orthogonal matrix, gains of norms first folded into the linears behind them."""
+    """The residual stream by a random orthogonal matrix, gains of norms first folded into the linears behind them, and the
+    values of each key head by one of their own."""
     rotation, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(2)))
     behind = {"model.norm": ["lm_head"]}
     for index in range(2):
         layer = f"model.layers.{index}"
         behind[f"{layer}.input_layernorm"] = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
         behind[f"{layer}.post_attention_layernorm"] = [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]
+        heads = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM, generator=torch.Generator().manual_seed(3)))[
+            0
+        ]
+        v, o = (f"{layer}.self_attn.{part}_proj" for part in "vo")
+        tensors[f"{v}.weight"] = turned(tensors[f"{v}.weight"].T, heads).T
+        tensors[f"{v}.bias"] = turned(tensors[f"{v}.bias"][None], heads)[0]
+        tensors[f"{o}.weight"] = turned(tensors[f"{o}.weight"], heads.repeat_interleave(HEADS // KV_HEADS, 0))
         for name in (f"{layer}.self_attn.o_proj.weight", f"{layer}.mlp.down_proj.weight"):
             tensors[name] = rotation.T @ tensors[name]
     for norm, modules in behind.items():

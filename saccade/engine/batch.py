@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,10 @@ class Batch:
 
 
 def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batch:
+    """Arrays are numpy's until they are whole: for a token or two, each of torch's calls takes longer than all of numpy's."""
+    num_tokens = sum(chunk.length for chunk in chunks)
     token_ids: list[int] = []
-    positions: list[Tensor] = []
+    positions = np.empty((3, num_tokens), dtype=np.int64)
     slots: list[int] = []
     placements: list[Placement] = []
     last_rows: list[int] = []
@@ -45,7 +48,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batc
         request = chunk.request
         row = len(token_ids)
         token_ids += request.token_ids(chunk.start, chunk.stop)
-        positions.append(_positions(chunk))
+        _place_positions(chunk, positions[:, row : row + chunk.length])
         slots += [request.blocks[t // block_size] * block_size + t % block_size for t in range(chunk.start, chunk.stop)]
         for span, medium in zip(request.prompt.spans, request.prompt.media, strict=True):
             low = max(span.start, chunk.start)
@@ -53,28 +56,34 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batc
             if low < high:
                 placements.append(Placement(index, medium, low - span.start, row + low - chunk.start, high - low))
         last_rows.append(len(token_ids) - 1)
-    widest = max(len(chunk.request.blocks) for chunk in chunks)
-    tables = [chunk.request.blocks + [0] * (widest - len(chunk.request.blocks)) for chunk in chunks]
+    tables = np.zeros((len(chunks), max(len(chunk.request.blocks) for chunk in chunks)), dtype=np.int64)
+    for table, chunk in zip(tables, chunks, strict=True):
+        table[: len(chunk.request.blocks)] = chunk.request.blocks
     layout = PagedLayout(
         query_lengths=tuple(chunk.length for chunk in chunks),
         context_lengths=tuple(chunk.stop for chunk in chunks),
-        block_tables=torch.tensor(tables, device=device),
-        slots=torch.tensor(slots, device=device),
+        block_tables=torch.from_numpy(tables).to(device),
+        slots=_tensor(slots, device),
     )
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.cat(positions, dim=1).to(device),
+        token_ids=_tensor(token_ids, device),
+        positions=torch.from_numpy(positions).to(device),
         layout=layout,
         placements=tuple(placements),
         last_rows=tuple(last_rows),
     )
 
 
-def _positions(chunk: Chunk) -> Tensor:
-    """[3, length]: the prompt's own, then one more per generated token on all axes."""
+def _tensor(values: list[int], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
+
+
+def _place_positions(chunk: Chunk, out: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+    """out: [3, length]. The prompt's own, then one more per generated token on all axes."""
     prompt = chunk.request.prompt
     num_prompt = len(prompt.token_ids)
-    generated = (
-        torch.arange(max(chunk.start, num_prompt), max(chunk.stop, num_prompt)) - num_prompt + prompt.next_position
-    )
-    return torch.cat([prompt.positions[:, chunk.start : chunk.stop], generated.expand(3, -1)], dim=1)
+    if chunk.start < num_prompt:
+        out[:, : num_prompt - chunk.start] = prompt.positions[:, chunk.start : chunk.stop]
+    if chunk.stop > num_prompt:
+        first = max(chunk.start, num_prompt)
+        out[:, first - chunk.start :] = np.arange(first, chunk.stop) + (prompt.next_position - num_prompt)

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from saccade.base.errors import OptionError, PromptError
@@ -14,7 +13,7 @@ from saccade.engine.batch import Batch, pack
 from saccade.engine.options import SamplingParams
 from saccade.engine.request import Request
 from saccade.engine.runner import Runner
-from saccade.engine.sampling import Sampler, top_logprobs
+from saccade.engine.sampling import Sampler, is_finite, top_logprobs
 from saccade.engine.scheduler import Chunk, Scheduler
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.prompt import Prompt
@@ -128,7 +127,7 @@ class Engine:
         for (chunk, _), logits in zip(ending, logits_of, strict=True):
             request = chunk.request
             advanced.append(request)
-            if not torch.isfinite(logits).all():
+            if not is_finite(logits):
                 request.finish(
                     "error",
                     error=f"the model gave non-finite logits after {request.num_tokens} tokens; its weights or this "

@@ -5,14 +5,18 @@ Knows rows of logits and what a request has said so far; knows no scheduling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saccade.base.errors import OptionError
 from saccade.engine.options import SamplingParams
+
+COLUMNS = 64  # values whose largest stands for all of them while the k largest are looked for
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Sampler:
                 raise OptionError(f"stop_token_ids has {token_id}; the vocabulary ends at {vocab_size - 1}")
         self.params = params
         self._penalty = params.repetition_penalty if params.repetition_penalty is not None else 1.0
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        self._seen = set(prompt_ids)
+        self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.int64)
         self._counts: dict[int, int] = {}
         self._num_generated = 0
         enders = set(params.stop_token_ids) if params.ignore_eos else {*eos_token_ids, *params.stop_token_ids}
@@ -55,8 +59,11 @@ class Sampler:
         scores = self._penalized(logits)
         if self._num_generated < self.params.min_tokens and len(self._enders):
             scores = scores.index_fill(0, self._enders, -torch.inf)
-        token_id = int(scores.argmax()) if self._generator is None else self._draw(scores)
-        self._seen[token_id] = True
+        # numpy's argmax is twenty times as fast as torch's; of equals both take the first.
+        token_id = int(scores.numpy().argmax()) if self._generator is None else self._draw(scores)
+        if token_id not in self._seen:
+            self._seen.add(token_id)
+            self._seen_ids = torch.cat([self._seen_ids, torch.tensor([token_id])])
         self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self._num_generated += 1
         return token_id
@@ -64,8 +71,9 @@ class Sampler:
     def _penalized(self, logits: Tensor) -> Tensor:
         params = self.params
         if self._penalty != 1.0:
-            penalized = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
-            logits = torch.where(self._seen, penalized, logits)
+            seen = logits[self._seen_ids]
+            penalized = torch.where(seen < 0, seen * self._penalty, seen / self._penalty)
+            logits = logits.index_copy(0, self._seen_ids, penalized)
         if self._counts and (params.presence_penalty or params.frequency_penalty):
             ids = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
@@ -73,23 +81,59 @@ class Sampler:
         return logits
 
     def _draw(self, scores: Tensor) -> int:
-        """Temperature, top-k, top-p, min-p, then one draw; only the tokens top-k leaves are ever sorted."""
+        """Temperature, top-k, top-p, min-p, then one draw; only tokens that may be kept are ever sorted."""
         params = self.params
         assert params.temperature is not None, "params are not resolved"
         scores = scores / params.temperature
         ids = torch.arange(len(scores))
         if params.top_k and params.top_k < len(scores):
-            ids = (scores >= scores.topk(params.top_k).values[-1]).nonzero()[:, 0]  # ties with the k-th stay
+            ids = _largest(scores, params.top_k)
             scores = scores[ids]
         if params.top_p is not None and params.top_p < 1.0:
-            ascending, order = scores.sort()
-            keep = ascending.softmax(0).cumsum(0) > 1.0 - params.top_p
-            keep[-1] = True
-            ids, scores = ids[order[keep]], ascending[keep]
+            kept = _nucleus(scores, params.top_p)
+            ids, scores = ids[kept], scores[kept]
         probabilities = scores.softmax(0)
         if params.min_p:
             probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0.0)
         return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+def is_finite(logits: Tensor) -> bool:
+    """Whether all are numbers. Their sum is one only if they are; where it is not, it may have been too large."""
+    return math.isfinite(float(logits.sum())) or bool(torch.isfinite(logits).all())
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` largest, in order of place; ties with the last of them stay.
+
+    The largest of every COLUMNS values are looked at first: the count-th of those is a bound that at least `count` values reach.
+    """
+    places = torch.arange(len(scores))
+    if count <= len(scores) // COLUMNS:
+        rows = scores[: len(scores) // COLUMNS * COLUMNS].view(COLUMNS, -1)
+        places = _where(scores >= rows.amax(0).topk(count).values[-1])
+        scores = scores[places]
+    return places[_where(scores >= scores.topk(count).values[-1])]
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Places of the likeliest that together reach `top_p`, from the least likely of them on.
+
+    What all have less than half of the rest's even share cannot reach the rest together: those are dropped without sorting.
+    """
+    weights = (scores - scores.max()).exp().double()
+    total = weights.sum()
+    places = _where(weights >= (1.0 - top_p) / 2 * total / len(weights))
+    order = scores[places].sort().indices
+    places = places[order]
+    kept = weights[places]
+    keep = (total - kept.sum() + kept.cumsum(0)) > (1.0 - top_p) * total
+    keep[-1] = True
+    return places[keep]
+
+
+def _where(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def top_logprobs(logits: Tensor, token_id: int, count: int) -> list[Logprob]:

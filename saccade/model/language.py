@@ -6,6 +6,7 @@ Letters: T tokens of all sequences, packed; H width; N query heads, K key heads,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -114,10 +115,17 @@ def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
     Frequency i takes its position from the axis whose mrope_section it falls in (consecutive sections, not interleaved).
     """
-    half = config.head_dim // 2
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    axes = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(positions.device)
-    assert axes.numel() == half, f"mrope_section {config.mrope_section} does not cover {half} frequencies"
+    frequencies, axes = _frequencies(config, positions.device)
     angles = positions[axes].T.float() * frequencies
     return angles.cos(), angles.sin()
+
+
+@cache
+def _frequencies(config: TextConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[D/2] float32 and the axis of each [D/2] int64, made once."""
+    with torch.inference_mode(False):  # training may come after serving, and takes no tensor of that mode
+        half = config.head_dim // 2
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        axes = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section)).to(device)
+        assert axes.numel() == half, f"mrope_section {config.mrope_section} does not cover {half} frequencies"
+        return 1.0 / config.rope_theta**exponents, axes

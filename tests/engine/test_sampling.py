@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from saccade import SamplingParams
 from saccade.base.errors import OptionError
 from saccade.checkpoints.config import GenerationConfig
-from saccade.engine.sampling import Sampler, is_looping, top_logprobs
+from saccade.engine.sampling import Sampler, _largest, _nucleus, is_finite, is_looping, top_logprobs
 
 VOCAB = 50
 PROMPT = [3, 3, 8, 41]
@@ -167,3 +167,27 @@ def test_endless_repetition_is_seen_and_tables_are_not() -> None:
     assert not is_looping([7, 8, 9, 10] * 63)
     rows = [token for i in range(300) for token in (1, 2, 10 + i % 10, 100 + i // 10, 3)]
     assert not is_looping(rows)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("size", [7, 640, 15_193])
+def test_filters_that_do_not_sort_keep_what_sorting_keeps(spread: float, size: int) -> None:
+    """Rounded as bfloat16 is, so that many are equal."""
+    scores = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * spread).bfloat16().float()
+    for count in {1, 2, 5, min(50, size), size}:
+        kth = scores.sort(descending=True).values[count - 1]
+        assert torch.equal(_largest(scores, count), (scores >= kth).nonzero()[:, 0])
+    for top_p in (0.0, 0.1, 0.9, 0.999):
+        ascending = scores.double().sort().values
+        mass = ascending.softmax(0).cumsum(0)
+        num_kept = max(1, int((mass > 1.0 - top_p).sum()))
+        kept = _nucleus(scores, top_p)
+        assert abs(len(kept) - num_kept) <= (mass - (1.0 - top_p)).abs().lt(1e-6).sum(), "more than rounding apart"
+        assert torch.equal(scores[kept], ascending[size - len(kept) :].float())
+
+
+def test_only_numbers_are_finite() -> None:
+    assert is_finite(torch.tensor([3e38, 3e38, -1.0]))  # though their sum is not
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.tensor([0.0, value, 1.0]))
+    assert not is_finite(torch.tensor([torch.inf, -torch.inf]))

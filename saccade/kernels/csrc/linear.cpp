@@ -6,6 +6,7 @@
 #include "linear.h"
 
 #include "linear_rows.h"
+#include "linear_tiles.h"
 
 namespace saccade::SACCADE_ISA {
 namespace {
@@ -16,8 +17,37 @@ using DenseFew = DensePairs;
 using DenseFew = Wide<BFloat16>;
 #endif
 
+#if defined(__AMX_INT8__)
+constexpr int64_t TILES_PAY = 5;  // rows of x from which on tiles are faster
+
+// Whether the layer was computed: sums of bfloat16 products are for x of bfloat16 only.
+template <class T>
+bool linear_by_tiles(const LinearCall& call) {
+  if (call.rows < TILES_PAY) return false;
+  switch (call.layer.scheme) {
+    case SACCADE_W8A8:
+    case SACCADE_W8A8_DYNAMIC: return multiply_by_tiles<T, BytesTile>(call), true;
+    case SACCADE_W4A8: return multiply_by_tiles<T, NibblesTile>(call), true;
+  }
+  if constexpr (sizeof(T) == sizeof(BFloat16) && !__is_same(T, Float16)) {
+    switch (call.layer.scheme) {
+      case SACCADE_DENSE: return multiply_by_tiles<T, DenseTile>(call), true;
+      case SACCADE_W8A16: return multiply_by_tiles<T, BytesPairsTile>(call), true;
+      case SACCADE_W4A16: return multiply_by_tiles<T, NibblePairsTile>(call), true;
+    }
+  }
+  return false;
+}
+#else
+template <class T>
+bool linear_by_tiles(const LinearCall&) {
+  return false;
+}
+#endif
+
 template <class T>
 void linear_of(const LinearCall& call) {
+  if (linear_by_tiles<T>(call)) return;
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
     case SACCADE_W8A16: return multiply_by_rows<T, Wide<int8_t>>(call);

@@ -83,7 +83,8 @@ void take_row(const SaccadeLinear& layer, const T* x, const Input<V>& out, int64
 // All rows of x, in memory of this thread that lives until its next linear.
 template <class T, class V>
 Input<V> take_input(const LinearCall& call) {
-  const int64_t stride = round_up(call.layer.in_features * sizeof(V), FILL_BYTES) / sizeof(V);
+  // An odd multiple: rows a power of two apart would fall into the same few sets of the first-level cache.
+  const int64_t stride = (round_up(call.layer.in_features * sizeof(V), FILL_BYTES) | FILL_BYTES) / sizeof(V);
   Input<V> out;
   out.stride = stride;
   out.values = static_cast<V*>(scratch(SCRATCH_INPUT, round_up(call.rows, FILL_ROWS) * stride * sizeof(V)));

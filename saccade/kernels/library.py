@@ -13,6 +13,7 @@ from pathlib import Path
 
 from saccade.base.errors import OptionError
 
+INTERFACE = 2  # saccade_interface() of csrc/entry.cpp; goes up with every change of an entry point or a structure
 FILE = Path(__file__).with_name("_saccade_cpu.so")
 ISA_VARIABLE = "SACCADE_ISA"  # forces an instruction set, so that all can be tested on one machine
 
@@ -63,9 +64,12 @@ def load() -> Library | str:
     if not FILE.exists():
         return f"{FILE.name} is missing: there was no C++ compiler at install; install g++, then run pip install again"
     try:
-        library = Library(ctypes.CDLL(str(FILE)))
+        functions = ctypes.CDLL(str(FILE))
+        if (interface := int(functions.saccade_interface())) != INTERFACE:
+            return f"{FILE.name} has interface {interface}, not {INTERFACE}: it was built from other sources; run make kernels"
+        library = Library(functions)
     except (OSError, AttributeError) as error:
-        return f"{FILE.name} does not load ({error}); run pip install again"
+        return f"{FILE.name} does not load ({error}); run make kernels, or pip install again"
     if forced := os.environ.get(ISA_VARIABLE):
         library.use(forced)
     return library

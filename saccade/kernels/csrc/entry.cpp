@@ -12,6 +12,9 @@
 
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
+// Goes up with every change of an entry point or a structure: Python refuses a library of another number.
+ENTRY int32_t saccade_interface() { return 2; }
+
 // --- the machine ---
 
 ENTRY const char* saccade_isa_name(int32_t isa) { return saccade::isa_name(isa); }  // null beyond the last

@@ -37,6 +37,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "shard_writer",
             "stored",
             "ascend",
+            "compressed_tensors",
             "writing",
             "formats",
             "hub",

@@ -20,6 +20,7 @@ from saccade.base.errors import CheckpointError
 from saccade.checkpoints.json_file import printable, read_json
 from saccade.checkpoints.shards import MAX_INDEX_BYTES
 from saccade.checkpoints.stored import FLOATS, Expected, Tensors, find_mismatches, narrowed, read_bias, refusal
+from saccade.schemes.affine import MAX_GROUP_SCALE
 from saccade.schemes.packing import pack, pack_row_pairs, unpack, unpack_row_pairs
 from saccade.schemes.scheme import DENSE, GROUP_SIZES, W4A8, W8A8, W8A8_DYNAMIC, W8A16, Scheme, Static, Weight
 
@@ -28,7 +29,6 @@ Dialect = Literal["vllm", "mindie"]
 FLOAT = "FLOAT"
 TAGS = {W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC", W8A16: "W8A16", **dict.fromkeys(W4A8.values(), "W4A8_DYNAMIC")}
 READ_TAGS = (FLOAT, *dict.fromkeys(TAGS.values()))
-MAX_GROUP_SCALE = 17  # 7 * 17 = 119 fits int8
 
 # Engines that split a layer over devices need its scale_bias whole (split by outputs) or for 16 blocks of inputs (split by
 # those). The original knows only the language model's names and writes the vision tower's attention unreduced.

@@ -3,7 +3,8 @@
 Knows the layouts tensors are named in, which tensors a Qwen2.5-VL has (spec, section 3) and which formats its linears may
 be quantized in; behind this door only the published ("hub") names and `Weight` exist. Knows nothing of how weights are used.
 
-The formats: plain tensors, and those of Ascend's tools in both dialects (`ascend.py`), told by their description file.
+The formats: plain tensors; those of Ascend's tools in both dialects (`ascend.py`), told by their description file; and what
+quantization_config of config.json names: compressed-tensors (`compressed_tensors.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
-from saccade.checkpoints import ascend
+from saccade.checkpoints import ascend, compressed_tensors
 from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
 from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.shards import Shards, TensorInfo
@@ -127,14 +129,24 @@ def open_unverified(folder: Path) -> Checkpoint:
     """As `open_checkpoint`, without comparing the tensors with the config."""
     config = read_config(folder)
     description = ascend.read_description(folder, lambda name: _canonical(name)[0])
-    if description is None and (method := foreign_quantization(config)) is not None:
-        raise CheckpointError(
-            f"{folder} is quantized ({method}), which Saccade does not read; use the bf16 checkpoint it was made from"
-        )
+    stored = description or _foreign(folder, config)
     _require_one_set_of_weights(folder, description)
     shards = Shards(folder)
     layout, file_names = canonical_names(shards)
-    return Checkpoint(folder, config, shards, layout, file_names, description)
+    return Checkpoint(folder, config, shards, layout, file_names, stored)
+
+
+def _foreign(folder: Path, config: ModelConfig) -> Stored | None:
+    """What config.json says of how the weights are quantized."""
+    if config.quantization is None:
+        return None
+    method = _method(config.quantization)
+    if method == compressed_tensors.METHOD:
+        return compressed_tensors.parse(config.quantization)
+    raise CheckpointError(
+        f"{folder} is quantized ({foreign_quantization(config)}), which Saccade does not read; "
+        "use the bf16 checkpoint it was made from"
+    )
 
 
 def _require_one_set_of_weights(folder: Path, description: ascend.Description | None) -> None:
@@ -152,8 +164,12 @@ def foreign_quantization(config: ModelConfig) -> str | None:
     """How config.json says the checkpoint is quantized, None if it does not: only a description file makes it ours to read."""
     if config.quantization is None:
         return None
-    method = config.quantization.get("quant_method", config.quantization.get("format"))
-    return f"{method if isinstance(method, str) else 'unnamed method'}, quantization_config of config.json"
+    return f"{_method(config.quantization) or 'unnamed method'}, quantization_config of config.json"
+
+
+def _method(section: Mapping[str, Any]) -> str | None:
+    method = section.get("quant_method", section.get("format"))
+    return method if isinstance(method, str) else None
 
 
 def canonical_names(shards: Shards) -> tuple[str, dict[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError, OptionError
-from saccade.checkpoints import ascend
+from saccade.checkpoints import ascend, compressed_tensors
 from saccade.checkpoints.shard_writer import FileNames
 from saccade.schemes.scheme import Scheme, Weight
 
@@ -103,19 +103,56 @@ class Ascend:
         }
 
 
-FORMATS = ("vllm-ascend", "mindie")
+@dataclass(frozen=True)
+class CompressedTensors:
+    """The files of the compressed-tensors library (see `compressed_tensors.py`)."""
+
+    dtype: torch.dtype
+    name: str = compressed_tensors.METHOD
+
+    def find_problems(self, assignment: Assignment) -> list[str]:
+        return []
+
+    def file_names(self, assignment: Assignment) -> FileNames:
+        return FileNames()
+
+    def tensors_of(self, module: str, weight: Weight) -> dict[str, Tensor]:
+        return compressed_tensors.write(module, weight, self.dtype)
+
+    def side_files(self, config: Mapping[str, Any], assignment: Assignment, names: Sequence[str]) -> dict[str, str]:
+        settings = without_quantization(config) | {"quantization_config": compressed_tensors.config_entry(assignment)}
+        return {"config.json": json.dumps(settings, indent=2) + "\n"}
+
+
+FORMATS = ("compressed-tensors", "vllm-ascend", "mindie")
 
 
 def format_named(name: str, dtype: torch.dtype) -> Format:
     """The format the command line calls `name`; dtype: the model's. Raises OptionError for an unknown name."""
     if name in ("vllm-ascend", "mindie"):
         return Ascend("vllm" if name == "vllm-ascend" else "mindie", dtype)
+    if name == compressed_tensors.METHOD:
+        return CompressedTensors(dtype)
     raise OptionError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}")
 
 
+# Linears of one input, which every engine, this one too, runs as one product.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def require_writable(format_: Format, assignment: Assignment) -> None:
-    """Raises OptionError naming what the format cannot say of the assignment."""
-    if problems := format_.find_problems(assignment):
+    """Raises OptionError naming what no engine could run of the assignment, and what the format cannot say of it."""
+    problems = []
+    for module, scheme in assignment.items():
+        for first, *others in _FUSED:
+            for other in others:
+                twin = module.removesuffix(first) + other
+                if module.endswith(first) and (its := assignment.get(twin, scheme)) != scheme:
+                    problems.append(
+                        f"{module} is {scheme.name} and {twin} {its.name}; engines run them as one, so give both one scheme"
+                    )
+    problems += format_.find_problems(assignment)
+    if problems:
         raise OptionError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if problems[3:] else ""))
 
 

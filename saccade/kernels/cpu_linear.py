@@ -12,7 +12,6 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.library import Library
 from saccade.kernels.record import Linear
-from saccade.schemes.scheme import W4A16 as W4A16_SCHEMES
 from saccade.schemes.scheme import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # SaccadeDtype
@@ -49,7 +48,7 @@ def kind(weight: Weight, dtype: torch.dtype) -> int | None:
         return DENSE if dtype == weight.values.dtype == torch.bfloat16 else None
     if scheme.is_two_stage:
         return W4A8
-    if scheme in W4A16_SCHEMES.values():
+    if scheme.weight_bits == 4 and scheme.activation == "none":
         return W4A16
     return {"w8a16": W8A16, "w8a8": W8A8, "w8a8-dynamic": W8A8_DYNAMIC}.get(scheme.name)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from saccade.base.errors import OptionError
 from saccade.schemes.packing import pack, unpack
-from saccade.schemes.scheme import W8A16, Scheme, Weight, fitting, scheme_of
+from saccade.schemes.scheme import W8A8, W8A16, Scheme, Static, Weight, fitting, scheme_of
 
+MAX_GROUP_SCALE = 17  # 7 * 17 = 119 fits int8
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
 INT4_STEPS = (
@@ -38,16 +39,17 @@ def quantize_rows_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_groups_int4(values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric in two stages: rows to whole numbers up to 119, groups of those to 4 bits by an integer scale.
+    """Symmetric in two stages: whole numbers up to 119 of a row's scale bound each group, whose scale is a 7th of its largest.
 
     values: [O, H]. Returns ([O, H] int8 from -7 to 7, scale [O] float32, group_scale [O, H/G] int8 from 1 to 17).
     The group scale is rounded up: no value is clipped.
     """
     wide = values.float()
     scale = (wide.abs().amax(dim=1) / INT4_STEPS).clamp_(min=TINY)
-    groups = (wide / scale[:, None]).round_().clamp_(-INT4_STEPS, INT4_STEPS).view(len(wide), -1, group_size)
-    group_scale = (groups.abs().amax(dim=2) / 7).ceil_().clamp_(min=1)
-    return (groups / group_scale[:, :, None]).round_().to(torch.int8).flatten(1), scale, group_scale.to(torch.int8)
+    steps = (wide / scale[:, None]).round_().clamp_(-INT4_STEPS, INT4_STEPS).view(len(wide), -1, group_size)
+    scale, group_scale = settled_scales(scale, (steps.abs().amax(dim=2) / 7).ceil_().clamp_(min=1).to(torch.int8))
+    step = join_group_scales(scale, group_scale)[:, :, None]
+    return (wide.view(steps.shape) / step).round_().clamp_(-7, 7).to(torch.int8).flatten(1), scale, group_scale
 
 
 def quantize_groups_float(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,19 @@ def quantize_groups_float(values: Tensor, group_size: int) -> tuple[Tensor, Tens
     groups = values.float().view(len(values), -1, group_size)
     scale = (groups.abs().amax(dim=2) / 7.5).clamp_(min=TINY).to(torch.bfloat16).float()
     return (groups / scale[:, :, None]).round_().clamp_(-8, 7).to(torch.int8).flatten(1), scale
+
+
+def quantize_groups_asymmetric(values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """16 levels from a group's least to its largest number, zero among them. values: [O, H].
+
+    Returns ([O, H] int8 from -8 to 7, scale [O, H/G] float32, a whole bfloat16 number, zero [O, H/G] int8 from -8 to 7).
+    """
+    groups = values.float().view(len(values), -1, group_size)
+    low, high = groups.amin(dim=2).clamp_(max=0), groups.amax(dim=2).clamp_(min=0)
+    scale = ((high - low) / 15).clamp_(min=TINY).to(torch.bfloat16).float()
+    zero = (-8 - low / scale).round_().clamp_(-8, 7)
+    integers = (groups / scale[:, :, None] + zero[:, :, None]).round_().clamp_(-8, 7)
+    return integers.to(torch.int8).flatten(1), scale, zero.to(torch.int8)
 
 
 def quantize_rows_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,19 +92,24 @@ def quantize_weight(weight: Weight, scheme: Scheme = W8A16, rows_at_a_time: int 
     assert scheme.activation != "static", f"{scheme.name} needs calibration"
     assert fitting(scheme, weight.in_features) == scheme, f"{scheme.name} on {weight.in_features} columns"
     pieces = [_rounded(piece, scheme) for piece in torch.split(weight.values, rows_at_a_time)]
-    values, scale, *group_scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Weight(values, scale, weight.bias, scheme, group_scale[0] if group_scale else None)
+    values, scale, *others = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    group_scale = others[0] if scheme.is_two_stage else None
+    return Weight(values, scale, weight.bias, scheme, group_scale, zero=others[0] if scheme.is_asymmetric else None)
 
 
 def _rounded(values: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
-    """values: [O, H]. Returns a Weight's values and scale, and its group_scale if there are two stages."""
+    """values: [O, H]. Returns a Weight's values and scale, and its group_scale or zero points if it has them."""
     if scheme.is_float:
         return quantize_rows_fp8(values)
     if scheme.group_size is None:
         return quantize_rows_int8(values)
-    quantize = quantize_groups_int4 if scheme.is_two_stage else quantize_groups_float
-    integers, *scales = quantize(values, scheme.group_size)
-    return pack(integers), *scales
+    if scheme.is_two_stage:
+        integers, *rest = quantize_groups_int4(values, scheme.group_size)
+    elif scheme.is_asymmetric:
+        integers, *rest = quantize_groups_asymmetric(values, scheme.group_size)
+    else:
+        integers, *rest = quantize_groups_float(values, scheme.group_size)
+    return pack(integers), *rest
 
 
 def integer_values(weight: Weight, rows: slice = slice(None)) -> Tensor:
@@ -119,3 +139,66 @@ def dequantize(weight: Weight, rows: slice = slice(None)) -> Tensor:
     wide = (weight.values[rows] if weight.scheme.is_float else integer_values(weight, rows)).float()
     scale = weight.scale[rows].view(len(wide), -1, 1)  # one of them per row, or per group
     return wide.view(len(wide), scale.shape[1], -1).mul_(scale).flatten(1)
+
+
+# --- calibrated activations and scales of two stages ------------------------------------------------------------------
+
+
+def static_weight(values: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor, zero: Tensor) -> Weight:
+    """A w8a8 weight from what calibration found: input_scale and zero [1] of the layer's input.
+
+    values: [O, H] int8; scale: [O]; bias: [O] or None. The bias is rounded to steps of deq_scale, its zero point's share is whole.
+    A row of zeros may have any scale: it gets one whose steps the bias can be counted in.
+    """
+    input_scale, zero = input_scale.float().view(1), zero.float().view(1)
+    wide = torch.zeros_like(scale, dtype=torch.float64) if bias is None else bias.double()
+    for_bias = (wide.abs() / (input_scale.double() * 2**24)).clamp(min=TINY).float()
+    scale = torch.where((values == 0).all(dim=1), for_bias, scale.float())
+    deq_scale = scale * input_scale
+    share = zero.double() * values.sum(dim=1, dtype=torch.int64)
+    quant_bias = ((wide / deq_scale.double()).round() - share).clamp(-(2**31), 2**31 - 1)
+    static = Static(input_scale, zero, quant_bias.to(torch.int32), deq_scale)
+    return Weight(values, scale, bias, W8A8, static=static)
+
+
+def settled_scales(scale: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same scales (to 2^-19) in the one form that files which multiply the two stages out give back bit for bit.
+
+    scale: [O] float32; group_scale: [O, H/G] int8. A row's group scales lose their common factor to the row's scale, which then
+    is rounded up to a multiple of 32 in its last place, so that its product with any whole number up to 32 is exact.
+    """
+    factor = group_scale[:, 0].clone()
+    for group in group_scale.unbind(dim=1):
+        factor = torch.gcd(factor, group)
+    bits = (scale * factor).view(torch.int32)
+    rounded = ((bits + 31) & ~31).view(torch.float32)
+    return rounded, group_scale // factor[:, None]
+
+
+def join_group_scales(scale: Tensor, group_scale: Tensor) -> Tensor:
+    """The two stages multiplied: [O, H/G] float32, exact for settled scales."""
+    return scale[:, None] * group_scale.float()
+
+
+def split_group_scales(product: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The inverse of `join_group_scales`: (scale [O], group_scale [O, H/G] int8), or None where there is none.
+
+    The smallest product of a row is 1 to 17 times its scale; the first number by which all others come out whole is taken.
+    """
+    wide = product.double()
+    least = wide.amin(dim=1, keepdim=True)
+    if not bool((least > 0).all()):
+        return None
+    ratio = wide / least
+    numbers = torch.arange(1, MAX_GROUP_SCALE + 1, dtype=torch.float64)
+    few = ratio[:, :8, None] * numbers  # which numbers a row's first groups leave possible
+    possible = ((few - few.round()).abs() < 1e-4).all(dim=1)
+    while bool(possible.any(dim=1).all()):
+        number = numbers[possible.to(torch.uint8).argmax(dim=1)][:, None]
+        multiples = ratio * number
+        whole = multiples.round()
+        fits = ((multiples - whole).abs().amax(dim=1) < 1e-4) & (whole.amax(dim=1) <= MAX_GROUP_SCALE)
+        if bool(fits.all()):
+            return (least / number).float()[:, 0], whole.to(torch.int8)
+        possible &= fits[:, None] | (numbers != number)
+    return None

@@ -26,7 +26,7 @@ class Scheme:
     input becomes before the product: nothing ("none"), 8 bits of the weight's kind by each token's own scale ("dynamic"), or
     int8 by a scale and zero point fixed in calibration ("static").
     Groups of columns have scales of their own: whole numbers times the row's scale (`is_two_stage`, QServe, arXiv
-    2405.04532: the product of a whole row stays in whole numbers), or floating point.
+    2405.04532: the product of a whole row stays in whole numbers), or floating point. `is_asymmetric`: and zero points.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Scheme:
     group_size: int | None = None
     is_two_stage: bool = False
     is_float: bool = False
+    is_asymmetric: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -47,9 +48,9 @@ class Scheme:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of a quantized weight, the scales of its groups included, those of its rows and zero points not."""
-        scale_bytes = 0 if self.group_size is None else (1 if self.is_two_stage else 4) / self.group_size
-        return self.weight_bits / 8 + scale_bytes
+        """Of a quantized weight, what belongs to its groups included, the scales of its rows not."""
+        bytes_per_group = (1 if self.is_two_stage else 4) + self.is_asymmetric
+        return self.weight_bits / 8 + (0 if self.group_size is None else bytes_per_group / self.group_size)
 
 
 DENSE = Scheme("dense", 16)
@@ -57,12 +58,14 @@ W8A16 = Scheme("w8a16", 8)  # weight-only int8, one scale per output row
 W8A8 = Scheme("w8a8", 8, "static")
 W8A8_DYNAMIC = Scheme("w8a8-dynamic", 8, "dynamic")
 FP8 = Scheme("fp8", 8, "dynamic", is_float=True)  # e4m3, one scale per output row
-# By group size: weight-only int4; int4 with int8 activations, preferred; the same as other tools write it.
+# By group size: weight-only int4, the same with zero points; int4 with int8 activations, preferred; the same as other tools write it.
 W4A16 = {size: Scheme(f"w4a16-g{size}", 4, "none", size) for size in GROUP_SIZES}
+W4A16_ASYM = {size: Scheme(f"w4a16-asym-g{size}", 4, "none", size, is_asymmetric=True) for size in GROUP_SIZES}
 W4A8 = {size: Scheme(f"w4a8-g{size}", 4, "dynamic", size, is_two_stage=True) for size in GROUP_SIZES}
 W4A8_FLOAT = {size: Scheme(f"w4a8-float-g{size}", 4, "dynamic", size) for size in GROUP_SIZES}
 
-_ALL = (DENSE, W8A16, W8A8, W8A8_DYNAMIC, FP8, *W4A16.values(), *W4A8.values(), *W4A8_FLOAT.values())
+_FAMILIES = (W4A16, W4A16_ASYM, W4A8, W4A8_FLOAT)
+_ALL = (DENSE, W8A16, W8A8, W8A8_DYNAMIC, FP8, *(scheme for family in _FAMILIES for scheme in family.values()))
 SCHEMES = {scheme.name: scheme for scheme in _ALL}
 
 
@@ -74,7 +77,7 @@ def fitting(scheme: Scheme, num_columns: int) -> Scheme:
     """
     if scheme.group_size is None or num_columns % scheme.group_size == 0:
         return scheme
-    family = next(family for family in (W4A16, W4A8, W4A8_FLOAT) if scheme in family.values())
+    family = next(family for family in _FAMILIES if scheme in family.values())
     sizes = [size for size in family if size < scheme.group_size and num_columns % size == 0]
     if sizes:
         return family[max(sizes)]
@@ -121,7 +124,7 @@ class Weight:
     bias: [O] in the working type, or None. With static activations it is already in quant_bias: kept, not added.
     group_scale: [O, H/G] int8, two stages only; 1 or more, and small enough that value times group scale fits int8.
     static: with static activations only.
-    zero: [O, H/G] int8 from -8 to 7, of weight-only 4 bits from checkpoints that have it; None is 0 everywhere.
+    zero: [O, H/G] int8 from -8 to 7, of asymmetric schemes only.
     """
 
     values: Tensor
@@ -139,7 +142,7 @@ class Weight:
         assert (self.scale is None) == scheme.is_dense, f"scales of {scheme.name}"
         assert (self.static is None) == (scheme.activation != "static"), f"calibrated numbers of {scheme.name}"
         assert (self.group_scale is None) == (not scheme.is_two_stage), f"group scales of {scheme.name}"
-        assert self.zero is None or scheme in W4A16.values(), f"zero points of {scheme.name}"
+        assert (self.zero is None) == (not scheme.is_asymmetric), f"zero points of {scheme.name}"
         by_group = (self.out_features, self.in_features // (scheme.group_size or self.in_features or 1))
         by_row = by_group[:1]
         for name, tensor, shape, dtype in (
@@ -188,8 +191,7 @@ class Weight:
 def stack(parts: Mapping[str, Weight]) -> Weight:
     """The weights of modules that see the same input, by name, as one weight: their rows one after the other.
 
-    Raises CheckpointError when they differ in scheme, in having a bias or zero points, or in the static scale or zero point of
-    that input.
+    Raises CheckpointError when they differ in scheme, in having a bias, or in the static scale or zero point of that input.
     """
     (first_name, first), *rest = parts.items()
     if not rest:
@@ -197,13 +199,9 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
     for name, weight in rest:
         if weight.scheme != first.scheme:
             raise _unlike(first_name, name, f"is {first.scheme.name}", f"is {weight.scheme.name}")
-        for what, (ours, theirs) in {
-            "a bias": (first.bias, weight.bias),
-            "zero points": (first.zero, weight.zero),
-        }.items():
-            if (ours is None) != (theirs is None):
-                has = (f"has {what}", f"has no {what.removeprefix('a ')}")
-                raise _unlike(first_name, name, has[ours is None], has[theirs is None])
+        if (weight.bias is None) != (first.bias is None):
+            has = ("has no bias", "has a bias")
+            raise _unlike(first_name, name, has[first.bias is not None], has[weight.bias is not None])
         if first.static is not None and weight.static is not None:
             for what in ("scale", "zero"):
                 ours, theirs = getattr(first.static, what), getattr(weight.static, what)

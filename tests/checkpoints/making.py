@@ -14,6 +14,8 @@ from torch import Tensor
 from saccade.checkpoints.config import GenerationConfig, ModelConfig
 from saccade.checkpoints.formats import expected_tensors
 from saccade.checkpoints.presets import PRESETS, config_json, generation_config_json, preprocessor_config_json
+from saccade.checkpoints.shards import TensorInfo
+from saccade.schemes.scheme import Weight
 
 SMALL = replace(
     PRESETS["tiny"],
@@ -70,3 +72,28 @@ def write_raw(path: Path, header: Any, body: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
     return path
+
+
+class InMemory:
+    """Tensors that lie in no file."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self.tensors[name]
+        return TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path("memory"), 0, tensor.nbytes)
+
+
+def assert_same(got: Weight | None, expected: Weight) -> None:
+    assert got is not None
+    assert got.scheme == expected.scheme
+    for left, right in zip(got.tensors(), expected.tensors(), strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

@@ -17,13 +17,12 @@ from saccade.checkpoints import ascend
 from saccade.checkpoints.describe import describe
 from saccade.checkpoints.formats import Checkpoint, find_strangers, open_checkpoint
 from saccade.checkpoints.presets import config_json
-from saccade.checkpoints.shards import TensorInfo
 from saccade.schemes.affine import dequantize, integer_values, quantize_weight
 from saccade.schemes.packing import unpack
 from saccade.schemes.scheme import W4A8, W8A8, W8A8_DYNAMIC, Scheme, Static, Weight
 from tests.goldens import CASES, GOLDENS, needs_goldens
 
-from .making import SMALL, random_tensors, write_configs, write_json, write_sharded
+from .making import SMALL, InMemory, assert_same, random_tensors, write_configs, write_json, write_sharded
 
 QUANTIZED = list(ascend.TAGS)
 FLOAT_LAYERS = ("down_proj", "merger", "lm_head", "embed_tokens", "patch_embed")
@@ -83,14 +82,6 @@ def write_quantized(folder: Path, scheme: Scheme, dialect: ascend.Dialect = "vll
     return write_folder(folder, tensors, entries, scheme, dialect)
 
 
-def assert_same(got: Weight | None, expected: Weight) -> None:
-    assert got is not None
-    assert got.scheme == expected.scheme
-    for left, right in zip(got.tensors(), expected.tensors(), strict=True):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dialect", ["vllm", "mindie"])
 @pytest.mark.parametrize("scheme", [s for s in QUANTIZED if s not in (W4A8[128], W4A8[256])], ids=lambda s: s.name)
@@ -112,23 +103,6 @@ def test_wide_groups_are_told_by_the_shape_of_their_scales(size: int) -> None:
     for dialect in ("vllm", "mindie"):
         tensors = ascend.write(UP, weight, dialect, torch.bfloat16)  # type: ignore[arg-type]
         assert_same(ascend.read(InMemory(tensors), description({UP: "W4A8_DYNAMIC"}), UP), weight)
-
-
-class InMemory:
-    """Tensors that lie in no file."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self.tensors = tensors
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def info(self, name: str) -> TensorInfo:
-        tensor = self.tensors[name]
-        return TensorInfo(name, tensor.dtype, tuple(tensor.shape), Path("memory"), 0, tensor.nbytes)
 
 
 def description(tags: dict[str, str]) -> ascend.Description:

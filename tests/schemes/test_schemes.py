@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError, OptionError
-from saccade.schemes.affine import dequantize, integer_values, loading_scheme, quantize_groups_int4, quantize_weight
+from saccade.schemes.affine import (
+    dequantize,
+    integer_values,
+    join_group_scales,
+    loading_scheme,
+    quantize_groups_int4,
+    quantize_weight,
+    settled_scales,
+    split_group_scales,
+    static_weight,
+)
 from saccade.schemes.packing import pack, pack_row_pairs, unpack, unpack_row_pairs
 from saccade.schemes.scheme import (
     FP8,
@@ -17,6 +27,7 @@ from saccade.schemes.scheme import (
     W4A8,
     W4A8_FLOAT,
     W4A16,
+    W4A16_ASYM,
     W8A8,
     W8A8_DYNAMIC,
     W8A16,
@@ -83,6 +94,7 @@ def test_rounding_to_nearest_is_within_half_a_step(name: str) -> None:
     if scheme.is_float:  # 4 significant bits, and below the smallest exponent a 2^-9th of the scale
         step = (w.abs() / 8).view(error.shape).clamp(min=float(2**-9) * step)
     slack = 0.53 if scheme.has_float_groups else 0.501  # a scale rounded down to bfloat16 clips the largest a little
+    slack += scheme.is_asymmetric / 2  # and a zero point rounded by half a step clips one end by as much
     assert (error <= step * slack).all()
     assert (dequantize(weight)[3] == 0).all()
 
@@ -105,15 +117,9 @@ def test_bytes_are_those_of_all_tensors() -> None:
     assert (W4A8[64].bytes_per_weight, W4A16[64].bytes_per_weight) == (0.5 + 1 / 64, 0.5 + 4 / 64)
 
 
-def with_zeros(weight: Weight) -> Weight:
-    return replace(
-        weight, zero=torch.arange(weight.scale.numel()).remainder(16).sub(8).to(torch.int8).view_as(weight.scale)
-    )  # type: ignore
-
-
 def test_a_four_bit_value_is_counted_from_its_zero_point() -> None:
     values, scale, zero = nibbles(2, 64), torch.tensor([[1.0, 2.0], [0.5, 4.0]]), torch.tensor([[-8, 0], [7, 3]])
-    weight = Weight(pack(values), scale, None, W4A16[32], zero=zero.to(torch.int8))
+    weight = Weight(pack(values), scale, None, W4A16_ASYM[32], zero=zero.to(torch.int8))
     for row in range(2):
         for column in range(64):
             group = column // 32
@@ -146,24 +152,56 @@ def test_a_layer_that_groups_do_not_divide_takes_the_nearest_scheme_that_fits(
     assert fitting(scheme, columns) == expected
 
 
+def test_zero_points_serve_groups_that_lie_to_one_side() -> None:
+    w = torch.rand(8, 128) + 1
+    errors = [(dequantize(quantize_weight(Weight(w), scheme)) - w).norm() for scheme in (W4A16_ASYM[32], W4A16[32])]
+    assert errors[0] < errors[1]
+    assert torch.equal(dequantize(quantize_weight(Weight(torch.zeros(2, 64)), W4A16_ASYM[32])), torch.zeros(2, 64))
+
+
+def test_two_stages_multiplied_out_come_apart_again() -> None:
+    """Settled scales to the bit; any others within float32's rounding; what is no product, not at all."""
+    scale = torch.rand(64) + 0.1
+    group_scale = torch.randint(1, 18, (64, 40), dtype=torch.int8)
+    group_scale[0], group_scale[1], group_scale[2, 20:] = 6, 17, 13
+    settled = settled_scales(scale, group_scale)
+    assert torch.equal(settled_scales(*settled)[0], settled[0])
+    torch.testing.assert_close(join_group_scales(*settled), join_group_scales(scale, group_scale), rtol=2**-18, atol=0)
+    found = split_group_scales(join_group_scales(*settled))
+    assert found is not None
+    assert torch.equal(found[0], settled[0])
+    assert torch.equal(found[1], settled[1])
+    product = join_group_scales(scale, group_scale)
+    found = split_group_scales(product)
+    assert found is not None
+    torch.testing.assert_close(join_group_scales(*found), product, rtol=2**-22, atol=0)
+    assert split_group_scales(torch.rand(4, 40) + 0.1) is None
+    assert split_group_scales(torch.tensor([[1.0, 18.0]])) is None
+    assert split_group_scales(torch.zeros(2, 3)) is None
+
+
+def test_a_calibrated_weight_counts_its_bias_and_zero_point_in_steps_of_the_product() -> None:
+    values, bias = torch.tensor([[100, -20], [0, 0]], dtype=torch.int8), torch.tensor([3.0, -1.0])
+    weight = static_weight(values, torch.tensor([1.0, 1e-38]), bias, torch.tensor([0.5]), torch.tensor([7]))
+    assert weight.static is not None
+    assert weight.static.quant_bias[0] == 6 - 7 * 80
+    # A row of zeros, whose scale says nothing, still gives its bias.
+    assert float(weight.static.quant_bias[1] * weight.static.deq_scale[1]) == pytest.approx(-1.0, rel=1e-6)
+    assert weight.scale is not None
+    again = static_weight(values, weight.scale, bias, torch.tensor([0.5]), torch.tensor([7]))
+    assert all(torch.equal(a, b) for a, b in zip(weight.tensors(), again.tensors(), strict=True))
+
+
 def test_parts_are_stacked_by_rows() -> None:
     parts = {name: Weight(torch.randn(rows, 64), bias=torch.randn(rows)) for name, rows in (("q", 6), ("k", 3))}
-    for scheme in (W8A16, W8A8_DYNAMIC, W4A8[32], W4A16[32], FP8):
+    for scheme in (W8A16, W8A8_DYNAMIC, W4A8[32], W4A16[32], W4A16_ASYM[32], FP8):
         both = stack({name: quantize_weight(part, scheme) for name, part in parts.items()})
         whole = quantize_weight(Weight(torch.cat([part.values for part in parts.values()])), scheme)
         assert torch.equal(dequantize(both), dequantize(whole))
         assert torch.equal(both.bias, torch.cat([part.bias for part in parts.values()]))  # type: ignore[misc, arg-type]
 
 
-def test_zero_points_are_stacked_with_their_rows() -> None:
-    parts = {name: with_zeros(quantize_weight(Weight(torch.randn(4, 64)), W4A16[32])) for name in "qk"}
-    expected = torch.cat([dequantize(part) for part in parts.values()])
-    assert torch.equal(dequantize(stack(parts)), expected)
-    with pytest.raises(CheckpointError, match="q has zero points and k has no zero points"):
-        stack({"q": parts["q"], "k": replace(parts["k"], zero=None)})
-
-
-def static_weight(scale: float, zero: float = -3.0, bias: bool = True) -> Weight:
+def w8a8_weight(scale: float, zero: float = -3.0, bias: bool = True) -> Weight:
     static = Static(torch.tensor([scale]), torch.tensor([zero]), torch.ones(4, dtype=torch.int32), torch.ones(4))
     return Weight(
         torch.ones(4, 8, dtype=torch.int8), torch.ones(4), torch.ones(4) if bias else None, W8A8, static=static
@@ -171,7 +209,7 @@ def static_weight(scale: float, zero: float = -3.0, bias: bool = True) -> Weight
 
 
 def test_static_parts_are_stacked_when_they_see_the_input_alike() -> None:
-    both = stack({"q": static_weight(0.5), "k": static_weight(0.5)})
+    both = stack({"q": w8a8_weight(0.5), "k": w8a8_weight(0.5)})
     assert both.static is not None
     assert (len(both.static.quant_bias), len(both.static.deq_scale), len(both.static.scale)) == (8, 8, 1)
 
@@ -179,22 +217,22 @@ def test_static_parts_are_stacked_when_they_see_the_input_alike() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (static_weight(0.25), r"q has the input scale 0\.5 and k 0\.25"),
-        (static_weight(0.5, zero=4.0), "q has the input zero -3 and k 4"),
-        (static_weight(0.5, bias=False), "q has a bias and k has no bias"),
+        (w8a8_weight(0.25), r"q has the input scale 0\.5 and k 0\.25"),
+        (w8a8_weight(0.5, zero=4.0), "q has the input zero -3 and k 4"),
+        (w8a8_weight(0.5, bias=False), "q has a bias and k has no bias"),
         (Weight(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), torch.ones(4), W8A16), "q is w8a8 and k is w8a16"),
     ],
 )
 def test_parts_that_differ_are_refused_by_name(other: Weight, words: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{words}; .*so they must be quantized alike"):
-        stack({"q": static_weight(0.5), "k": other})
+        stack({"q": w8a8_weight(0.5), "k": other})
 
 
 def test_a_weight_moves_whole() -> None:
-    weight = static_weight(0.5).to(torch.device("cpu"), torch.bfloat16)
+    weight = w8a8_weight(0.5).to(torch.device("cpu"), torch.bfloat16)
     assert weight.bias is not None
     assert (weight.bias.dtype, weight.values.dtype) == (torch.bfloat16, torch.int8)
-    assert [tensor.shape for tensor in weight.tensors()] == [tensor.shape for tensor in static_weight(0.5).tensors()]
+    assert [tensor.shape for tensor in weight.tensors()] == [tensor.shape for tensor in w8a8_weight(0.5).tensors()]
     with pytest.raises(AssertionError, match="scales of dense"):
         replace(weight, scheme=SCHEMES["dense"])
 

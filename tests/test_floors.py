@@ -78,7 +78,7 @@ FLOORS: list[dict[str, list[str]]] = [
         "demo": [],
         "bench": ["options", "work", "machine", "model", "against", "measure"],
         "doctor": [],
-        "verify": ["options", "samples", "basis", "layers", "schema", "weights", "verification"],
+        "verify": ["options", "samples", "basis", "layers", "schema", "weights", "sensitivity", "verification"],
     },
     {"cli": ["flags", "ask", "inspect", "quantize", "doctor", "bench", "verify", "demo", "commands", "__main__"]},
 ]

@@ -23,6 +23,11 @@ from saccade.verify.options import VerifyOptions
     type=click.Path(file_okay=False, path_type=Path),
     help="write report.html and .json there",
 )
+@click.option(
+    "--write-recipe",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="with --target-kl: YAML for `saccade quantize --recipe`",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON")
 @click.option("--strict", is_flag=True, help="exit with 1 for warnings, too")
 @flags(VerifyOptions)
@@ -32,6 +37,7 @@ def command(
     images: tuple[str, ...],
     question: str,
     report_folder: Path | None,
+    write_recipe: Path | None,
     as_json: bool,
     strict: bool,
     **values: Any,
@@ -41,12 +47,15 @@ def command(
     For example: saccade verify w8a8 --against Qwen2.5-VL-3B-Instruct --report w8a8-report
     """
     options = gather(VerifyOptions, values)
+    if write_recipe is not None and options.target_kl is None:
+        raise click.UsageError("--write-recipe writes what --target-kl chooses; give both")
 
     from saccade.api import messages_for
     from saccade.checkpoints.hub import resolve
     from saccade.demo import questions
     from saccade.quantize.report import to_json
     from saccade.quantize.report_page import write_report
+    from saccade.verify.sensitivity import recipe_text
     from saccade.verify.verification import render, verify
 
     if images:
@@ -56,6 +65,8 @@ def command(
     report = verify(folder, None if against is None else resolve(against), conversations, options)
     if report_folder is not None:
         write_report(report, report_folder)
+    if write_recipe is not None and report.mixed is not None:
+        write_recipe.write_text(recipe_text(report.mixed, report.recipe), encoding="utf-8")
     if as_json:
         print(to_json(report))
     else:

@@ -99,6 +99,30 @@ class LogitsMeasure:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """Linears that run as one product (q, k and v), and what quantizing them alone does to the answers."""
+
+    modules: tuple[str, ...]
+    scheme: str
+    kl: float  # mean over answer tokens, nats, all else being float
+    bytes_saved: int  # against float
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """Which linears to store better, so that the mean KL is at most `target_kl`; `kl` was measured with these rules.
+
+    `rules`: each a mapping of `match` and `scheme`, as a recipe has them. `kl` above the target: it cannot be reached.
+    """
+
+    target_kl: float
+    kl_before: float
+    kl: float
+    extra_bytes: int
+    rules: tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Check:
     """One named line of a verification: the verdict, the facts, and what is behind them."""
 
@@ -130,6 +154,8 @@ class QuantizationReport:
     logits: LogitsMeasure | None = None
     blocks: tuple[BlockMeasure, ...] = ()
     layers: tuple[LayerMeasure, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()  # the most sensitive first
+    mixed: MixedPrecision | None = None
 
     @property
     def verdict(self) -> Verdict:

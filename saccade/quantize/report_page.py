@@ -24,6 +24,7 @@ from saccade.quantize.report import (
 
 PAGE_NAME = "report.html"
 NUM_WORST = 10
+NUM_RANKED = 15
 # Colours of a heat map from its first number of dB to its last: red is bad, blue is good, both are told apart by everybody
 # (ColorBrewer's RdYlBu), and dark figures are legible on each.
 LOW_DB, HIGH_DB = 5.0, 45.0
@@ -68,6 +69,7 @@ def page(report: QuantizationReport) -> str:
         _checks(report),
         *(_heat_maps(report.layers)),
         _worst(report.layers),
+        _sensitivity(report),
         *(_stream(report.blocks)),
         *(_ranges(report.layers)),
         _cost(report),
@@ -180,6 +182,34 @@ def reason(layer: LayerMeasure) -> str:
     if picture is not None and text is not None and abs(picture - text) > FAR_APART_DB:
         parts.append("pictures suffer more than text" if picture < text else "text suffers more than pictures")
     return "; ".join(parts)
+
+
+def _sensitivity(report: QuantizationReport) -> str:
+    """The products whose rounding the answers feel most, and what mixed precision makes of it."""
+    parts = []
+    if mixed := report.mixed:
+        parts.append(
+            f"<p>Stored better: {len(mixed.rules)} linears, {_size(mixed.extra_bytes)} more; mean KL {mixed.kl_before:.3g} becomes "
+            f"{mixed.kl:.3g} (target {mixed.target_kl:.3g}).</p>"
+        )
+        if mixed.rules:
+            rules = "".join(f"<li>{escape(rule['match'])}: {escape(rule['scheme'])}</li>" for rule in mixed.rules)
+            parts.append(f"<details><summary>Which, and how</summary><ul>{rules}</ul></details>")
+    if ranked := report.sensitivity[:NUM_RANKED]:
+        most = max(max(entry.kl for entry in ranked), 1e-30)
+        rows = "".join(
+            f"<tr><td class=name>{escape(_product(entry.modules))}<td>{escape(entry.scheme)}<td class=number>{entry.kl:.3g}"
+            f"<td class=bar><i style='width:{100 * entry.kl / most:.1f}%'></i></tr>"
+            for entry in ranked
+        )
+        parts.append(f"<div class=wide><table>{rows}</table></div>")
+    note = "Mean KL to the float model when this alone is quantized."
+    return _section("What the answers feel most", "".join(parts), note) if parts else ""
+
+
+def _product(modules: Sequence[str]) -> str:
+    """`model.layers.0.self_attn.q_proj, k_proj, v_proj`."""
+    return ", ".join([*modules[:1], *(module.rpartition(".")[2] for module in modules[1:])])
 
 
 # --- heat maps -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from saccade.api import LLM
-from saccade.base.errors import CheckpointError, DeviceError, SaccadeError
+from saccade.base.errors import CheckpointError, DeviceError, OptionError, SaccadeError
 from saccade.base.meter import peak_memory_bytes, progress
 from saccade.checkpoints.formats import Checkpoint, open_checkpoint, open_unverified
 from saccade.engine.options import SamplingParams
@@ -40,6 +40,7 @@ from saccade.verify.layers import SideBySide, run_side_by_side
 from saccade.verify.options import VerifyOptions
 from saccade.verify.samples import Sample
 from saccade.verify.schema import check_choice, check_files, check_numbers, check_tensors
+from saccade.verify.sensitivity import Trials, mix, rank
 from saccade.verify.weights import WeightMeasure, compare_weights
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -77,9 +78,12 @@ def verify(
     """Verifies the quantized checkpoint in `folder`, against the float one it was made from if that is given.
 
     `conversations`: what both models are asked; none leaves out all that runs a model. What cannot be read or run is a failed
-    check, not an exception; raises CheckpointError when `against` itself cannot be read, or when it is quantized.
+    check, not an exception; raises CheckpointError when `against` itself cannot be read, or when it is quantized, and
+    OptionError for a sensitivity without anything to be near to.
     """
     options = options or VerifyOptions()
+    if (options.sensitivity or options.target_kl is not None) and (against is None or not conversations):
+        raise OptionError("sensitivity and target_kl compare answers with the float model's; give it (--against)")
     run = _Run()
     report = QuantizationReport(folder.name, machine=f"{processor_name()}, torch {torch.__version__}")
     source = None if against is None else _open_source(against)
@@ -256,9 +260,38 @@ def _run_models(
         halves = (torch.split(rows, lengths) for rows in (side_by_side.exact, side_by_side.quantized))
         logits = measure_logits(list(zip(*halves, strict=True)), samples)
         run.checks.append(check_logits(logits, options.max_kl, "block by block, over the quantized model's answers"))
-    return replace(
+    report = replace(
         report, logits=logits, blocks=tuple(side_by_side.blocks), layers=_joined(layers, side_by_side.layers)
     )
+    if options.sensitivity or options.target_kl is not None:
+        with run.phase("verify: sensitivity"):
+            report = _with_sensitivity(report, source, quantized, samples, options, run)
+    return report
+
+
+def _with_sensitivity(
+    report: QuantizationReport,
+    source: Checkpoint,
+    quantized: Checkpoint,
+    samples: Sequence[Sample],
+    options: VerifyOptions,
+    run: _Run,
+) -> QuantizationReport:
+    trials = Trials(source, quantized, samples, choose_device(options.device))
+    ranking = rank(trials)
+    mixed = None if options.target_kl is None else mix(trials, ranking, options.target_kl)
+    worst = f"most at {', '.join(ranking[0].modules)} with {ranking[0].kl:.4g}" if ranking else "nothing is quantized"
+    unknown = tuple(f"{module} is in an unknown basis and was left as it is" for module in trials.unknown)
+    run.checks.append(Check("ranking", "warn" if unknown else "pass", f"mean KL of one alone: {worst}", unknown))
+    if mixed is not None:
+        facts = (
+            f"mean KL {mixed.kl_before:.4g} -> {mixed.kl:.4g} by storing {len(mixed.rules)} linears better, "
+            f"{mixed.extra_bytes / 1e6:.3g} MB more"
+        )
+        reached = mixed.kl <= mixed.target_kl
+        why = () if reached else (f"{mixed.target_kl:g} cannot be reached: this is with every product raised",)
+        run.checks.append(Check("mixed", "pass" if reached else "warn", facts, why))
+    return replace(report, sensitivity=tuple(ranking), mixed=mixed)
 
 
 def _open(folder: Path, options: VerifyOptions) -> LLM:

@@ -100,24 +100,48 @@ def _compare_bias(
 
 def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> WeightMeasure:
     weight = quantized.weight(module)
+    fit = fit_basis(source, quantized, module, rotation)
+    nearest = None
+    if (
+        weight is not None
+        and not weight.scheme.is_float
+        and fit.basis in ("source", "smoothed")
+        and fit.rows is not None
+    ):
+        nearest = _nearest(fit.rows, weight, torch.finfo(source.info(f"{module}.weight").dtype).eps)
+    return fit.sums.measure(module, DENSE if weight is None else weight.scheme, fit.basis, nearest)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A weight of the source in the quantized checkpoint's basis: its rows, None where that basis is not found."""
+
+    sums: _Sums
+    basis: Basis
+    rows: Rows | None
+
+
+def fit_basis(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> Fit:
+    """First as norms and rotation say, then with factors of rows or columns where the model leaves them free."""
+    weight = quantized.weight(module)
     rows = rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
     scheme = DENSE if weight is None else weight.scheme
     num_rows = source.info(f"{module}.weight").shape[0]
-    eps = torch.finfo(source.info(f"{module}.weight").dtype).eps
     expected, is_smoothed = expected_rows(source, quantized, module, rotation)
     plain = _compare(expected, rows, num_rows, scheme)
     if plain.share_bad <= MANY:
-        basis: Basis = "smoothed" if is_smoothed else "source"
-        nearest = None if weight is None or scheme.is_float else _nearest(expected, weight, eps)
-        return plain.measure(module, scheme, basis, nearest)
+        return Fit(plain, "smoothed" if is_smoothed else "source", expected)
     if module.endswith(FREE_ROWS):
-        fitted = plain.with_free_rows()
+        factors = plain.row_factors()[:, None]
+        scaled: Rows = lambda chosen: expected(chosen) / factors[chosen]  # noqa: E731
+        sums = plain.with_free_rows()
     elif module.endswith(FREE_COLUMNS):
         factors = plain.column_factors()
-        fitted = _compare(lambda chosen: expected(chosen) * factors, rows, num_rows, scheme)
+        scaled = lambda chosen: expected(chosen) * factors  # noqa: E731
+        sums = _compare(scaled, rows, num_rows, scheme)
     else:
-        return plain.measure(module, scheme, "unknown" if rotation is not None else "source", None)
-    return fitted.measure(module, scheme, "rescaled" if fitted.share_bad <= MANY else "unknown", None)
+        return Fit(plain, "source" if rotation is None else "unknown", expected if rotation is None else None)
+    return Fit(sums, "rescaled", scaled) if sums.share_bad <= MANY else Fit(sums, "unknown", None)
 
 
 def _dequantized(weight: Weight) -> Rows:
@@ -156,13 +180,17 @@ class _Sums:
 
     def with_free_rows(self) -> _Sums:
         """As if each row of d were first multiplied by the positive number that brings it nearest to e."""
-        factor = torch.where(self.ed > 0, self.ed / self.dd.clamp_min(1e-300), 1.0)
+        factor = self.row_factors().double()
         ed, dd = self.ed * factor, self.dd * factor**2
         # By rows only an error of direction is left, and what rounding adds to the length of d: the gain says nothing.
         error = (self.ee - 2 * ed + dd).clamp_min(0)
         return _Sums(
             self.scheme, self.ee, torch.where(self.ed > 0, self.ee, ed), dd, error, self.column_ee, self.column_ed
         )
+
+    def row_factors(self) -> Tensor:
+        """[O] float32: the positive factor of each row of d that brings it nearest to e."""
+        return torch.where(self.ed > 0, self.ed / self.dd.clamp_min(1e-300), 1.0).float()
 
     def column_factors(self) -> Tensor:
         """[H] float32: the positive factor of each column of e that brings it nearest to d."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from saccade.kernels.choose import choose, choose_device
 from saccade.model.layers import Filling, TensorSource
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
+from saccade.quantize.best import BestReport, Job, prepare, quantize_best
+from saccade.quantize.best_recipe import BestRecipe, read_recipe
 from saccade.quantize.calibration import Order
 from saccade.quantize.pipeline import Report, quantize_exact
 from saccade.quantize.recipe import ExactRecipe
@@ -400,6 +403,46 @@ def _refused(error: SaccadeError) -> RequestOutput:
 
 
 def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: BestRecipe | str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    **options: Any,
+) -> BestReport:
+    """Makes a quantized checkpoint of `model` in the folder `out`, which appears whole or not at all; see docs/quantization.md.
+
+    `recipe`: a BestRecipe, or a YAML file with its fields; `options` are fields, too, and take the place of the file's.
+    Killed at any moment, the same call goes on where it was. Raises OptionError, CheckpointError, MediaError or PromptError
+    before the long work begins.
+    """
+    job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, **options)
+    return quantize_best(job, force=force)
+
+
+def quantization_job(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: BestRecipe | str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    **options: Any,
+) -> Job:
+    """What `quantize` would do, checked and not begun; its `plan` says what that takes."""
+    if isinstance(recipe, BestRecipe):
+        chosen = dataclasses.replace(recipe, **options)
+    elif recipe is not None:
+        chosen = read_recipe(Path(recipe), options)
+    else:
+        chosen = from_mapping(BestRecipe, options)
+    where = choose_device(device)
+    return prepare(resolve(model), Path(out), chosen, device=str(where), threads=threads or usable_cpus())
+
+
+def quantize_exactly(
     model: str | os.PathLike[str],
     save_directory: str | os.PathLike[str],
     calib_images: str | os.PathLike[str],

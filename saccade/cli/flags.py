@@ -27,19 +27,21 @@ ALIASES = {
 }
 
 
-def flags(kind: type, **changed_defaults: Any) -> Callable[[Command], Command]:
-    """A decorator that adds a flag for every field of dataclass `kind`; `gather` turns them back into an instance."""
+def flags(kind: type, *, without: tuple[str, ...] = (), **changed_defaults: Any) -> Callable[[Command], Command]:
+    """A decorator that adds a flag for every field of dataclass `kind` but those `without`; `gather` makes an instance of them."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
         for field in reversed(dataclasses.fields(kind)):
+            if field.name in without:
+                continue
             name = "--" + field.name.replace("_", "-")
             names = list(dict.fromkeys([name, *ALIASES.get(field.name, []), field.name]))
             default = changed_defaults.get(field.name, field.default)
             keywords: dict[str, Any] = {"help": field.metadata.get("help", ""), "default": default}
             value_type, is_multiple = _value_type(hints[field.name])
             if value_type is bool:
-                names = [f"{name}/--no-{name[2:]}" if default else name, field.name]
+                names = [name if default is False else f"{name}/--no-{name[2:]}", field.name]
                 keywords["is_flag"] = True
             else:
                 keywords |= {"type": value_type, "multiple": is_multiple, "show_default": default not in (None, ())}
@@ -49,7 +51,7 @@ def flags(kind: type, **changed_defaults: Any) -> Callable[[Command], Command]:
     return decorate
 
 
-def script_options(kind: type) -> Callable[[Command], Command]:
+def script_options(kind: type, *, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
     """As `flags`, in the spelling of msModelSlim's scripts: underscores, and booleans as the literals True and False.
 
     A boolean named in `_BARE` is a bare flag there too.
@@ -61,6 +63,8 @@ def script_options(kind: type) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
         for field in reversed(dataclasses.fields(kind)):
+            if field.name in without:
+                continue
             names = [f"--{field.name}", f"--{field.name.replace('_', '-')}", field.name]
             keywords: dict[str, Any] = {"help": field.metadata.get("help", ""), "default": field.default}
             value_type, _ = _value_type(hints[field.name])

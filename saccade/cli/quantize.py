@@ -2,52 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from saccade.base.meter import gigabytes
-from saccade.cli.flags import script_options
+from saccade.cli.flags import flags, script_options
+from saccade.quantize.best_recipe import BestRecipe, parse_rule, read_recipe
 from saccade.quantize.recipe import ExactRecipe
+
+_SHARED = "group_size"  # the one option of both modes
+EXACT_ONLY = {field.name for field in dataclasses.fields(ExactRecipe)} - {_SHARED}
+BEST_ONLY = {field.name for field in dataclasses.fields(BestRecipe)} - {_SHARED, "rules"} | {
+    "layer",
+    "recipe",
+    "dry_run",
+}
+_REFERENCE_SPELLINGS = EXACT_ONLY | {"model_path", "calib_images", "save_directory", "image_order"}
 
 
 @click.command("quantize")
-@click.option("--model_path", "--model", "model", required=True, help="float checkpoint folder or hub id")
-@click.option("--calib_images", "--calib-images", required=True, help="folder of calibration pictures, nothing else")
-@click.option("--save_directory", "--save-directory", required=True, help="folder to make; an existing one is refused")
-@click.option("--mode", type=click.Choice(["exact"]), default="exact", show_default=True, help="how weights are found")
+@click.argument("model", required=False)
+@click.argument("out", required=False, type=click.Path(file_okay=False))
+@flags(BestRecipe, without=("rules", _SHARED))
+@click.option("--group-size", "--group_size", _SHARED, type=int, help="columns that share a 4-bit scale (128)")
+@click.option("--layer", multiple=True, help="PATTERN=SCHEME for some linears, or =float; the first match counts")
+@click.option("--recipe", type=click.Path(exists=True, dir_okay=False), help="YAML file with any of these options")
+@click.option("--dry-run", is_flag=True, help="print the plan: layers, sizes, memory, time; write nothing")
+@click.option("--force", is_flag=True, help="replace an existing checkpoint")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("--threads", type=click.IntRange(1), help="last bits depend on it (all processors; exact mode: 1)")
+@click.option(
+    "--mode",
+    type=click.Choice(["best", "exact"]),
+    help="exact: msModelSlim's result bit for bit, also chosen by its own option spellings below",
+)
+@click.option("--model_path", "--model-path", help="as msModelSlim spells MODEL")
+@click.option("--save_directory", "--save-directory", help="as msModelSlim spells OUT")
+@click.option("--calib_images", "--calib-images", help="as msModelSlim spells --calibration: a folder of pictures")
 @click.option(
     "--image_order",
     "--image-order",
     type=click.Choice(["name", "listing"]),
     default="name",
     show_default=True,
-    help="order of the pictures, which results depend on; listing is the file system's, as msModelSlim takes it",
+    help="exact mode: order of the pictures; listing is the file system's, as msModelSlim takes it",
 )
-@click.option("--force", is_flag=True, help="replace an existing checkpoint")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="last bits depend on it")
-@script_options(ExactRecipe)
-def command(
-    model: str,
-    calib_images: str,
-    save_directory: str,
-    mode: str,
-    image_order: Literal["name", "listing"],
-    force: bool,
-    threads: int,
-    **values: Any,
-) -> None:
-    """Make a smaller checkpoint for Ascend engines and for Saccade, equal bit for bit to what msModelSlim would write.
+@script_options(ExactRecipe, without=(_SHARED,))
+@click.pass_context
+def command(context: click.Context, /, **values: Any) -> None:
+    """Make a smaller checkpoint: int8, int4 or fp8, for Saccade, vLLM, SGLang, transformers, vLLM Ascend or MindIE.
 
-    For example: saccade quantize --model_path Qwen2.5-VL-3B-Instruct --calib_images photos --save_directory w8a8
+    \b
+    Works as typed, offline:
+      saccade quantize demo /tmp/demo-w4a8 --scheme w4a8
+      saccade quantize demo /tmp/x --scheme w8a8 --format vllm-ascend --dry-run
+    msModelSlim's command lines work too, and give its result bit for bit:
+      saccade quantize --model_path Qwen2.5-VL-3B-Instruct --calib_images photos --save_directory w8a8
     """
+    given = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    mode = values["mode"] or ("exact" if given & _REFERENCE_SPELLINGS else "best")
+    model, out = values["model"] or values["model_path"], values["out"] or values["save_directory"]
+    if model is None or (out is None and not values["dry_run"]):
+        raise click.UsageError("give a model and a folder to make: saccade quantize MODEL OUT --scheme w8a8-dynamic")
+    if mode == "exact":
+        _exact(model, out, values, given)
+    else:
+        _best(model, out or os.devnull, values, given)
+
+
+def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> None:
+    if foreign := sorted(given & BEST_ONLY):
+        raise click.UsageError(
+            f"--{foreign[0].replace('_', '-')} belongs to --mode best; leave it out, or add --mode best"
+        )
+    if values["calib_images"] is None:
+        raise click.UsageError("exact mode needs --calib_images, a folder of pictures and nothing else")
+
     from saccade import api
 
-    report = api.quantize(
-        model, save_directory, calib_images, image_order=image_order, force=force, threads=threads, **values
+    options = {name: values[name] for name in EXACT_ONLY}
+    if values[_SHARED] is not None:
+        options[_SHARED] = values[_SHARED]
+    report = api.quantize_exactly(
+        model,
+        out,
+        values["calib_images"],
+        image_order=values["image_order"],
+        force=values["force"],
+        threads=values["threads"] or 1,
+        **options,
     )
     print(
         f"quantized to {report.scheme} in {report.seconds:.0f} s, {gigabytes(report.source_bytes)} -> "
         f"{gigabytes(report.output_bytes)}, {report.num_samples} pictures, "
         f"at most {gigabytes(report.peak_memory_bytes)} of memory: {report.folder}"
     )
+
+
+def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None:
+    options = {name: values[name] for name in given & (BEST_ONLY | {_SHARED}) - {"layer", "recipe", "dry_run"}}
+    if given & EXACT_ONLY:
+        exact = {name: values[name] for name in EXACT_ONLY | {_SHARED} if values[name] is not None}
+        options = best_options(ExactRecipe(**exact), _SHARED in given) | options
+    if values["calib_images"] is not None:
+        options.setdefault("calibration", values["calib_images"])
+    if values["layer"]:
+        options["rules"] = tuple(parse_rule(text) for text in values["layer"])
+    recipe = read_recipe(Path(values["recipe"]), options) if values["recipe"] else BestRecipe(**options)
+
+    from saccade import api
+
+    job = api.quantization_job(model, out, recipe=recipe, device=values["device"], threads=values["threads"])
+    notes = job.samples.notes if job.samples else ()
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    if values["dry_run"]:
+        print("\n".join(job.plan.render()))
+        return
+    from saccade.quantize.best import quantize_best
+
+    report = quantize_best(job, force=values["force"])
+    worst = report.worst
+    print(
+        f"quantized {len(report.layers)} linears to {recipe.scheme} in {report.seconds:.0f} s, "
+        f"{gigabytes(job.plan.source_bytes)} -> {gigabytes(report.output_bytes)}"
+        + (f", worst {worst.module} at {worst.worst_db:.1f} dB" if worst else "")
+        + f", at most {gigabytes(report.peak_memory_bytes)} of memory: {report.folder}"
+    )
+
+
+def best_options(exact: ExactRecipe, has_group: bool) -> dict[str, Any]:
+    """msModelSlim's options in best mode's words."""
+    scheme = "w4a8" if exact.w_bit == 4 else "w8a8-dynamic" if exact.is_dynamic else "w8a8"
+    options: dict[str, Any] = {
+        "scheme": scheme,
+        "format": "mindie" if exact.mindie_format else "vllm-ascend",
+        "smooth": exact.anti_method,
+        "activation_range": {1: "minmax", 2: "histogram", 3: "auto"}[exact.act_method],
+    }
+    return options | ({"group_size": exact.group_size} if has_group and exact.w_bit == 4 else {})

@@ -6,6 +6,7 @@ Letters: P patches of all media, packed; U = P / 4 merged units; H tower width; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +66,24 @@ class Merger(nn.Module):
         self.up = Linear(kernels, self.size, {"visual.merger.mlp.0": self.size}, bias=True)
         self.down = Linear(kernels, self.size, {"visual.merger.mlp.2": config.out_hidden_size}, bias=True)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x, _ = self.norm(x, residual)
         y: Tensor = self.down(F.gelu(self.up(x.view(-1, self.size))))
         return y
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the patches of some media stand. order: [U], the units in window order; cos, sin: [P, D/2] float32, in that order."""
+
+    order: Tensor
+    cos: Tensor
+    sin: Tensor
+    windows: Segments
+    slices: Segments
+
+    def segments(self, is_full: bool) -> Segments:
+        return self.slices if is_full else self.windows
 
 
 class VisionTower(nn.Module):
@@ -89,24 +104,35 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """patches: [P, patch_values] in the tower's type, all media one after the other. Returns [U, out_hidden_size]."""
-        config = self.config
-        merge, unit = config.spatial_merge_size, config.merge_unit
-        order, window_lengths = window_order(grids, merge, config.window_size // config.factor)
-        order = order.to(patches.device)
-        windows, slices = Segments(tuple(window_lengths)), Segments(tuple(slice_lengths(grids)))
-
-        coordinates = torch.cat([patch_coordinates(grid, merge) for grid in grids]).to(patches.device)
-        coordinates = coordinates.view(-1, unit, 2)[order].view(-1, 2)
-        cos, sin = self._angles(coordinates)
-
-        x: Tensor = self.patch_embed(patches)
-        x = x.view(-1, unit, config.hidden_size)[order].view(-1, config.hidden_size)  # window order from here on
+        places = self.places(grids, patches.device)
+        x = self.embed(patches, places)
         residual: Tensor | None = None
         for block in self.layers:
-            x, residual = block(x, residual, cos, sin, slices if block.is_full else windows)
+            x, residual = block(x, residual, places.cos, places.sin, places.segments(bool(block.is_full)))
+        return self.merge(x, residual, places)
+
+    def places(self, grids: Sequence[Grid], device: torch.device) -> Places:
+        config = self.config
+        merge = config.spatial_merge_size
+        order, window_lengths = window_order(grids, merge, config.window_size // config.factor)
+        order = order.to(device)
+        coordinates = torch.cat([patch_coordinates(grid, merge) for grid in grids]).to(device)
+        coordinates = coordinates.view(-1, config.merge_unit, 2)[order].view(-1, 2)
+        windows, slices = Segments(tuple(window_lengths)), Segments(tuple(slice_lengths(grids)))
+        return Places(order, *self._angles(coordinates), windows, slices)
+
+    def embed(self, patches: Tensor, places: Places) -> Tensor:
+        """[P, patch_values] in picture order -> [P, H] in window order."""
+        x: Tensor = self.patch_embed(patches)
+        return x.view(-1, self.config.merge_unit, self.config.hidden_size)[places.order].view(
+            -1, self.config.hidden_size
+        )
+
+    def merge(self, x: Tensor, residual: Tensor | None, places: Places) -> Tensor:
+        """[P, H] in window order -> [U, out_hidden_size] in picture order."""
         merged: Tensor = self.merger(x, residual)
         out = torch.empty_like(merged)
-        out[order] = merged  # picture order again
+        out[places.order] = merged
         return out
 
     def _angles(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,69 @@
+"""GPTQ (arXiv:2210.17323): columns are rounded one after the other, and what rounding a column does wrong the columns still
+to come make good, as the inputs' correlations allow.
+
+Columns are taken in falling order of their Hessian's diagonal; steps are fixed beforehand in the weight's own order ("act-order
+weight"), so nothing has to be stored about the order. Where the whole Hessian would be too large it is a row of blocks on the
+diagonal, each corrected within itself. Knows tensors; knows no model. Letters: O rows, H columns, B blocks of C columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.quantize.steps import Steps, nearest
+
+DAMPING = 0.01  # of the mean diagonal, added to it; a tenth more each time the factorisation fails
+COLUMNS_AT_ONCE = 128  # whose corrections of the rest are gathered into one product
+
+
+def gptq(weight: Tensor, hessian: Tensor, steps: Steps) -> Tensor:
+    """weight: [O, H] float32; hessian: [B, C, C] float32, B * C = H, the mean of x x^T. Returns multiples [O, H] float32."""
+    out = torch.empty_like(weight)
+    for index, block in enumerate(hessian):
+        first = index * len(block)
+        last = first + len(block)
+        out[:, first:last] = _block(weight[:, first:last], block, steps.of(first, last).expand(-1, len(block)), steps)
+    return out
+
+
+def _block(weight: Tensor, hessian: Tensor, step: Tensor, steps: Steps) -> Tensor:
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order])
+    work = weight[:, order].contiguous()
+    step = step[:, order]
+    multiples = torch.empty_like(work)
+    num_columns = work.shape[1]
+    for start in range(0, num_columns, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, num_columns)
+        part = work[:, start:end].t().contiguous()  # a column is a row here: contiguous
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            at = start + i
+            column_step = step[:, at]
+            chosen = nearest(part[i], column_step, steps.scheme)
+            multiples[:, at] = chosen
+            errors[i] = (part[i] - chosen * column_step) / upper[at, at]
+            if i + 1 < end - start:
+                part[i + 1 :] -= upper[at, at + 1 : end, None] * errors[i]
+        if end < num_columns:
+            work[:, end:] -= errors.t() @ upper[start:end, end:]
+    out = torch.empty_like(multiples)
+    out[:, order] = multiples
+    return out
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse. A column whose input is always zero corrects nothing."""
+    mean = float(hessian.diagonal().mean())
+    damping = DAMPING * mean if mean > 0 else 1.0
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed):
+                return torch.as_tensor(upper)
+        damping *= 10

@@ -1,0 +1,229 @@
+"""What the model is shown for calibration: a folder of pictures, conversations in a JSONL file, or a set drawn here.
+
+A folder's pictures are asked about in turn with a few questions; conversations are taken as they are, answers included, because
+answers are what a served model writes. As captions alone starve what the model does with text (of the published int4 models,
+those calibrated on captions lost most in text tasks), texts are mixed into pictures that come without conversations.
+The drawn set wants no file and no network. It is deliberately neutral (gradients, shapes, noise, letters): the numbers it gives
+are ranges and correlations, not knowledge; real pictures of one's own task are better.
+Knows files, chat templates and pixels; knows no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from saccade.base.errors import MediaError, OptionError, PromptError
+from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.options import MediaOptions
+from saccade.inputs.prompt import Prompt
+
+BUILTIN = "builtin"
+NUM_BUILTIN = 24
+MAX_LINES = 100_000
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TEXT_SHARE = 3  # a text for so many pictures
+
+QUESTIONS = (
+    "Please describe this picture in detail.",
+    "What text can be read in this picture?",
+    "How many objects are there, and where are they?",
+    "Which colours do you see? Answer in one sentence.",
+)
+TEXTS = (
+    ("What is 17 plus 25?", "17 plus 25 is 42."),
+    (
+        "Sort these words: pear, apple, fig, plum.",
+        "apple, fig, pear, plum",
+    ),
+    (
+        "Write one sentence about the sea.",
+        "The sea was calm in the morning, and the boats came home before the wind rose.",
+    ),
+    ("Translate to French: good morning, my friend.", "Bonjour, mon ami."),
+    ('Return JSON with the keys "name" and "age".', '{"name": "Ada", "age": 36}'),
+    (
+        "Explain why the sky is blue.",
+        "Air scatters short waves of light more than long ones, so blue light reaches us from all of the sky.",
+    ),
+    ("Count from one to ten.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"),
+    ("def add(a, b):", "    return a + b"),
+)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts in order; `notes` say what was passed over; `digest` is of all that the prompts are made of."""
+
+    prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...]
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+def load_samples(source: str, tokenizer: ChatTokenizer, count: int | None, seed: int, max_pixels: int) -> Samples:
+    """`source`: a folder, a .jsonl file, or "builtin". Raises OptionError, MediaError or PromptError."""
+    notes: list[str] = []
+    conversations = list(_conversations(source, count, seed, notes))
+    options = MediaOptions(max_pixels=max_pixels)
+    prompts = []
+    for conversation in conversations:
+        is_answered = conversation[-1].get("role") == "assistant"
+        prompts.append(tokenizer.build(conversation, defaults=options, add_generation_prompt=not is_answered))
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt.token_ids).encode())
+        for medium in prompt.media:
+            digest.update(medium.key)
+    return Samples(tuple(prompts), tuple(notes), digest.hexdigest())
+
+
+def check_source(source: str) -> None:
+    """Raises OptionError at once for a source that is none."""
+    path = Path(source)
+    if source == BUILTIN or path.is_dir() or (path.is_file() and path.suffix == ".jsonl"):
+        return
+    fact = "is no folder of pictures and no .jsonl file" if path.exists() else "does not exist"
+    raise OptionError(f"calibration {source!r} {fact}; give one, or {BUILTIN}")
+
+
+def _conversations(source: str, count: int | None, seed: int, notes: list[str]) -> Iterator[Conversation]:
+    check_source(source)
+    if source == BUILTIN:
+        yield from _drawn(NUM_BUILTIN if count is None else count, seed)
+    elif Path(source).is_dir():
+        pictures = _chosen(_pictures(Path(source), notes), count, seed)
+        for number, path in enumerate(pictures):
+            yield _asked(str(path), number)
+            if number % TEXT_SHARE == 0:
+                yield _text(number // TEXT_SHARE)
+    else:
+        yield from _chosen(_lines(Path(source)), count, seed)
+
+
+def _chosen(everything: Sequence[Any], count: int | None, seed: int) -> Sequence[Any]:
+    """`count` of them, drawn by the seed, in their own order."""
+    if count is None or count >= len(everything):
+        return everything
+    return [everything[i] for i in sorted(random.Random(seed).sample(range(len(everything)), count))]
+
+
+def _pictures(folder: Path, notes: list[str]) -> list[Path]:
+    """By name. What is no picture is passed over with a note; what says it is one and is not, refused."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            notes.append(f"{path.name} is not a file: passed over")
+            continue
+        try:
+            with Image.open(path):
+                found.append(path)
+        except UnidentifiedImageError as error:
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                raise MediaError(f"{path} is not a picture that can be read; repair or remove it") from error
+            notes.append(f"{path.name} is not a picture: passed over")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise MediaError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise OptionError(f"{folder} holds no picture; put some into it (about 30 are advised), or use {BUILTIN}")
+    return found
+
+
+def _lines(path: Path) -> Sequence[Conversation]:
+    """Each line: {"messages": [...]} or the list alone; media paths are relative to the file."""
+    conversations: list[Conversation] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines()[:MAX_LINES], start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise OptionError(f"{path}, line {number} is not JSON: {error}") from error
+        messages = entry.get("messages") if isinstance(entry, dict) else entry
+        if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
+            raise PromptError(f'{path}, line {number} holds no "messages", a list of turns')
+        conversations.append([_placed(turn, path.parent) for turn in messages])
+    if not conversations:
+        raise OptionError(f"{path} holds no conversation")
+    return conversations
+
+
+def _placed(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The turn with relative media paths taken from the file's folder."""
+    content = turn.get("content")
+    if not isinstance(content, list):
+        return turn
+    parts = []
+    for part in content:
+        if isinstance(part, dict):
+            for key in ("image", "video"):
+                value = part.get(key)
+                if isinstance(value, str) and "://" not in value and not value.startswith("data:"):
+                    part = {**part, key: str(folder / value)}
+        parts.append(part)
+    return {**turn, "content": parts}
+
+
+def _asked(picture: Any, number: int) -> Conversation:
+    question = QUESTIONS[number % len(QUESTIONS)]
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
+def _text(number: int) -> Conversation:
+    question, answer = TEXTS[number % len(TEXTS)]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# --- the drawn set ---------------------------------------------------------------------------------------------------
+
+
+def _drawn(count: int, seed: int) -> Iterator[Conversation]:
+    for number in range(count):
+        if number % (TEXT_SHARE + 1) == TEXT_SHARE:
+            yield _text(number // (TEXT_SHARE + 1))
+        else:
+            yield _asked(draw(seed * 1_000_003 + number), number)
+
+
+def draw(seed: int) -> Image.Image:
+    """A picture of a gradient, shapes, noise and letters, of 140 to 448 pixels a side."""
+    generator = np.random.default_rng(seed)
+    width, height = (int(generator.integers(5, 17)) * 28 for _ in range(2))
+    corners = generator.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    picture = Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(picture)
+    for _ in range(int(generator.integers(1, 8))):
+        left, top = int(generator.integers(0, width - 20)), int(generator.integers(0, height - 20))
+        right, bottom = (
+            left + int(generator.integers(12, max(13, width // 2))),
+            top + int(generator.integers(12, max(13, height // 2))),
+        )
+        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
+        shape = int(generator.integers(0, 3))
+        if shape == 0:
+            pen.rectangle((left, top, right, bottom), fill=colour)
+        elif shape == 1:
+            pen.ellipse((left, top, right, bottom), fill=colour, outline=(0, 0, 0))
+        else:
+            letters = "".join(chr(int(code)) for code in generator.integers(48, 91, 6))
+            pen.text((left, top), letters, fill=colour, font_size=int(generator.integers(12, 48)))
+    noise = generator.normal(0, float(generator.uniform(0, 12)), (height, width, 3))
+    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))

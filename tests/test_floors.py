@@ -38,6 +38,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "stored",
             "ascend",
             "compressed_tensors",
+            "awq_gptq",
             "writing",
             "formats",
             "hub",

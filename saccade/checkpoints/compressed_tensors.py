@@ -150,8 +150,8 @@ class Config:
             return _scheme_of_8_bits(group)
         if group.activation == "dynamic":
             whole = self.has_integer_scales or group.group_size is None
-            return (W4A8 if whole else W4A8_FLOAT)[_held_size(group, columns)]
-        return (W4A16 if group.is_symmetric else W4A16_ASYM)[_held_size(group, columns)]
+            return (W4A8 if whole else W4A8_FLOAT)[held_size(group.group_size, columns)]
+        return (W4A16 if group.is_symmetric else W4A16_ASYM)[held_size(group.group_size, columns)]
 
     def read(self, tensors: Tensors, module: str) -> Weight:
         group, scheme = self._group(module), self.scheme(tensors, module)
@@ -300,9 +300,9 @@ def _scheme_of_8_bits(group: Group) -> Scheme:
     return {"none": W8A16, "static": W8A8, "dynamic": W8A8_DYNAMIC}[group.activation]
 
 
-def _held_size(group: Group, num_columns: int) -> int:
+def held_size(group_size: int | None, num_columns: int) -> int:
     """The group size in memory: the file's, or the largest one that divides it (or a whole row); its scales are then repeated."""
-    size = group.group_size or num_columns
+    size = group_size or num_columns
     return max((held for held in GROUP_SIZES if size % held == 0), default=0)
 
 
@@ -356,7 +356,7 @@ def _read_int4(
     if scheme.is_two_stage and group.group_size is None:
         ones = torch.ones(num_rows, num_groups, dtype=torch.int8)
         return Weight(values, scale.flatten().expand(num_rows).contiguous(), bias, scheme, ones)
-    scale = _spread(scale.view(-1, scale.shape[1] if scale.ndim == 2 else 1), num_rows, num_groups)
+    scale = spread(scale.view(-1, scale.shape[1] if scale.ndim == 2 else 1), num_rows, num_groups)
     if scheme.is_two_stage:
         parts = split_group_scales(scale)
         if parts is None:
@@ -367,7 +367,7 @@ def _read_int4(
         return Weight(values, parts[0], bias, scheme, parts[1])
     zero = None
     if not group.is_symmetric:
-        zero = _spread(_read_zero(tensors, module, num_rows, 4), num_rows, num_groups)
+        zero = spread(_read_zero(tensors, module, num_rows, 4), num_rows, num_groups)
     return Weight(values, scale, bias, scheme, zero=zero)
 
 
@@ -409,7 +409,7 @@ def _read_zero(tensors: Tensors, module: str, num_rows: int, bits: int) -> Tenso
     return zero.to(torch.int8).view(-1, zero.shape[1] if zero.ndim == 2 else 1)
 
 
-def _spread(tensor: Tensor, num_rows: int, num_groups: int) -> Tensor:
+def spread(tensor: Tensor, num_rows: int, num_groups: int) -> Tensor:
     """[1 or O, 1 or fewer groups] -> [O, groups]: what a larger group has, each of its parts has."""
     return tensor.repeat_interleave(num_groups // tensor.shape[1], dim=1).expand(num_rows, num_groups).contiguous()
 

@@ -4,14 +4,14 @@ Knows the layouts tensors are named in, which tensors a Qwen2.5-VL has (spec, se
 be quantized in; behind this door only the published ("hub") names and `Weight` exist. Knows nothing of how weights are used.
 
 The formats: plain tensors; those of Ascend's tools in both dialects (`ascend.py`), told by their description file; and what
-quantization_config of config.json names: compressed-tensors (`compressed_tensors.py`).
+quantization_config of config.json names: compressed-tensors (`compressed_tensors.py`), AWQ and GPTQ (`awq_gptq.py`).
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
-from saccade.checkpoints import ascend, compressed_tensors
+from saccade.checkpoints import ascend, awq_gptq, compressed_tensors
 from saccade.checkpoints.config import ModelConfig, TextConfig, VisionConfig, read_config
 from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.shards import Shards, TensorInfo
@@ -38,6 +38,7 @@ _LAYOUTS = (
     ("language_model.model.", "model.", "wrapped"),  # re-saved by tools that wrap the language model whole
     ("language_model.lm_head.", "lm_head.", "wrapped"),
 )
+_METHODS = (compressed_tensors.METHOD, *awq_gptq.METHODS)  # of quantization_config
 _SHOWN_PROBLEMS = 5
 _MAX_CANDIDATES = 2000  # for a nearest name: more than any published file has, few enough to compare in a moment
 
@@ -129,24 +130,30 @@ def open_unverified(folder: Path) -> Checkpoint:
     """As `open_checkpoint`, without comparing the tensors with the config."""
     config = read_config(folder)
     description = ascend.read_description(folder, lambda name: _canonical(name)[0])
-    stored = description or _foreign(folder, config)
     _require_one_set_of_weights(folder, description)
+    if description is None:
+        _require_known_method(folder, config)
     shards = Shards(folder)
     layout, file_names = canonical_names(shards)
+    stored = description or _stored(config, file_names)
     return Checkpoint(folder, config, shards, layout, file_names, stored)
 
 
-def _foreign(folder: Path, config: ModelConfig) -> Stored | None:
-    """What config.json says of how the weights are quantized."""
+def _require_known_method(folder: Path, config: ModelConfig) -> None:
+    if config.quantization is not None and _method(config.quantization) not in _METHODS:
+        raise CheckpointError(
+            f"{folder} is quantized ({foreign_quantization(config)}), which Saccade does not read; it reads "
+            f"{', '.join(_METHODS)} and Ascend's formats: use one of these, or the bf16 checkpoint it was made from"
+        )
+
+
+def _stored(config: ModelConfig, names: Collection[str]) -> Stored | None:
+    """What config.json says of how the weights are quantized, None if nothing."""
     if config.quantization is None:
         return None
-    method = _method(config.quantization)
-    if method == compressed_tensors.METHOD:
+    if _method(config.quantization) == compressed_tensors.METHOD:
         return compressed_tensors.parse(config.quantization)
-    raise CheckpointError(
-        f"{folder} is quantized ({foreign_quantization(config)}), which Saccade does not read; "
-        "use the bf16 checkpoint it was made from"
-    )
+    return awq_gptq.parse(config.quantization, names)
 
 
 def _require_one_set_of_weights(folder: Path, description: ascend.Description | None) -> None:

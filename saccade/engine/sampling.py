@@ -85,17 +85,18 @@ class Sampler:
         params = self.params
         assert params.temperature is not None, "params are not resolved"
         scores = scores / params.temperature
-        ids = torch.arange(len(scores))
+        ids: Tensor | None = None  # None: all
         if params.top_k and params.top_k < len(scores):
             ids = _largest(scores, params.top_k)
             scores = scores[ids]
         if params.top_p is not None and params.top_p < 1.0:
             kept = _nucleus(scores, params.top_p)
-            ids, scores = ids[kept], scores[kept]
+            ids, scores = kept if ids is None else ids[kept], scores[kept]
         probabilities = scores.softmax(0)
         if params.min_p:
             probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0.0)
-        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+        drawn = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return drawn if ids is None else int(ids[drawn])
 
 
 def is_finite(logits: Tensor) -> bool:
@@ -108,12 +109,11 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
     The largest of every COLUMNS values are looked at first: the count-th of those is a bound that at least `count` values reach.
     """
-    places = torch.arange(len(scores))
-    if count <= len(scores) // COLUMNS:
-        rows = scores[: len(scores) // COLUMNS * COLUMNS].view(COLUMNS, -1)
-        places = _where(scores >= rows.amax(0).topk(count).values[-1])
-        scores = scores[places]
-    return places[_where(scores >= scores.topk(count).values[-1])]
+    if count > len(scores) // COLUMNS:
+        return _where(scores >= scores.topk(count).values[-1])
+    rows = scores[: len(scores) // COLUMNS * COLUMNS].view(COLUMNS, -1)
+    places = _where(scores >= rows.amax(0).topk(count).values[-1])
+    return places[_where(scores[places] >= scores[places].topk(count).values[-1])]
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:

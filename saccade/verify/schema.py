@@ -146,8 +146,9 @@ def find_faults(weight: Weight) -> Iterator[str]:
 def find_oddities(checkpoint: Checkpoint, module: str, weight: Weight) -> Iterator[str]:
     """What computes, and hints at a mistake or costs accuracy."""
     if not weight.scheme.is_float:
-        low = MIN_TOP_INTEGER[weight.scheme.weight_bits] * (1 if weight.group_scale is None else 8)
-        top = integer_values(weight).int().abs().amax(1)
+        low = MIN_TOP_INTEGER[weight.scheme.weight_bits]
+        values = integer_values(weight) if weight.group_scale is None else unpack(weight.values)
+        top = values.int().abs().amax(1)
         if bool((off := (top < low) & (top > 0)).any()):
             yield f"{_rows(off)} use{'s'[: int(off.sum()) == 1]} less than half of the integers: the scale is too large"
     name = f"{module}.scale_bias"

@@ -203,10 +203,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
 def test_a_quantized_checkpoint_is_named_and_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     write_json(
-        tmp_path / "config.json", {**config_json(SMALL), "quantization_config": {"quant_method": "awq", "bits": 4}}
+        tmp_path / "config.json",
+        {**config_json(SMALL), "quantization_config": {"quant_method": "bitsandbytes", "bits": 4}},
     )
     with pytest.raises(
-        CheckpointError, match=r"is quantized \(awq, quantization_config of config\.json\), which Saccade does not read"
+        CheckpointError,
+        match=r"is quantized \(bitsandbytes, quantization_config of config\.json\), which Saccade does not read",
     ):
         open_checkpoint(tmp_path)
 

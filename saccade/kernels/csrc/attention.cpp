@@ -284,13 +284,6 @@ void pack(const Kept<C>& kept, int64_t first, int64_t count, Buffers<T>& buffers
 
 // --- softmax -------------------------------------------------------------------------------------------------------------
 
-inline void store_weights(float* at, Floats v) { store(at, v); }
-#if defined(__AVX512BF16__)
-inline void store_weights(Bf16* at, Floats v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-#endif
-
 // Turns the scores of one row over a block into weights, zero from `visible` up to `count`, and brings its largest score and its
 // total up to date; `factor` makes of scores exponents of two. Returns what the row's sums so far are to be multiplied by.
 template <class T, bool is_int8>
@@ -308,16 +301,17 @@ float weigh(float* scores, int64_t visible, int64_t count, float factor, const f
   }
   const float before = row_largest, now = largest(top);
   row_largest = now > before ? now : before;
-  const float shrink = before == row_largest ? 1.0f : exp2f((before - row_largest) * factor);
+  const bool is_same = before == row_largest || before == -INFINITY;  // nothing has been summed yet
+  const float shrink = is_same ? 1.0f : exp2f((before - row_largest) * factor);
   const Floats offset = splat(-row_largest * factor);
   Floats sums = {};
   for (int64_t i = 0; i < visible; i += LANES) {
     Floats weight = power_of_two(fma(load(scores + i), splat(factor), offset));
     sums += weight;
     if constexpr (is_int8) weight *= load(value_scale + i);
-    store_weights(weights + i, weight);
+    store(weights + i, weight);
   }
-  for (int64_t i = round_up(visible, LANES); i < count; i += LANES) store_weights(weights + i, Floats{});
+  for (int64_t i = round_up(visible, LANES); i < count; i += LANES) store(weights + i, Floats{});
   row_total = row_total * shrink + sum(sums);
   return shrink;
 }
@@ -408,7 +402,8 @@ void attend(const SaccadeAttention& op, const Job& job) {
       to[width] = buffers.largest[row];
       to[width + 1] = buffers.total[row];
     } else {
-      for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) / splat(buffers.total[row]));
+      const Floats share = splat(1.0f / buffers.total[row]);
+      for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) * share);
       convert(sums, head_dim, output<X>(op, job, row), head_dim);
     }
   }
@@ -433,7 +428,8 @@ void merge(const SaccadeAttention& op, const Job& job) {
       total += share * piece[width + 1];
       for (int64_t i = 0; i < width; i += LANES) store(sums + i, fma(splat(share), load(piece + i), load(sums + i)));
     }
-    for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) / splat(total));
+    const Floats whole = splat(1.0f / total);
+    for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) * whole);
     convert(sums, op.head_dim, output<X>(op, job, row), op.head_dim);
   }
 }

@@ -11,10 +11,17 @@
 namespace saccade::SACCADE_ISA {
 namespace {
 
+template <class T>
+constexpr bool IS_BFLOAT16 = false;
+template <>
+constexpr bool IS_BFLOAT16<BFloat16> = true;
+
 #if defined(__AVX512BF16__)
 using DenseFew = DensePairs;
+using NibblesFew = NibblePairs;  // for x of bfloat16
 #else
 using DenseFew = Wide<BFloat16>;
+using NibblesFew = WideNibbles;
 #endif
 
 #if defined(__AMX_INT8__)
@@ -29,7 +36,7 @@ bool linear_by_tiles(const LinearCall& call) {
     case SACCADE_W8A8_DYNAMIC: return multiply_by_tiles<T, BytesTile>(call), true;
     case SACCADE_W4A8: return multiply_by_tiles<T, NibblesTile>(call), true;
   }
-  if constexpr (sizeof(T) == sizeof(BFloat16) && !__is_same(T, Float16)) {
+  if constexpr (IS_BFLOAT16<T>) {
     switch (call.layer.scheme) {
       case SACCADE_DENSE: return multiply_by_tiles<T, DenseTile>(call), true;
       case SACCADE_W8A16: return multiply_by_tiles<T, BytesPairsTile>(call), true;
@@ -51,7 +58,9 @@ void linear_of(const LinearCall& call) {
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
     case SACCADE_W8A16: return multiply_by_rows<T, Wide<int8_t>>(call);
-    case SACCADE_W4A16: return multiply_by_rows<T, WideNibbles>(call);
+    case SACCADE_W4A16:
+      if constexpr (IS_BFLOAT16<T>) return multiply_by_rows<T, NibblesFew>(call);
+      return multiply_by_rows<T, WideNibbles>(call);
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_rows<T, Bytes>(call);
     case SACCADE_W4A8: return multiply_by_rows<T, Nibbles>(call);

@@ -26,7 +26,10 @@ void multiply(const Weights& weights, int64_t output, const Input<typename Weigh
     int64_t column = start;
     for (; column + STEP <= end; column += STEP) {
       decltype(weights.at(0, 0, group[0])) w[N];
-      for (int n = 0; n < N; ++n) w[n] = weights.at(output + n, column, group[n]);
+      for (int n = 0; n < N; ++n) {
+        w[n] = weights.at(output + n, column, group[n]);
+        __builtin_prefetch(weights.address(output + N + n, column), 0, 2);
+      }
       for (int m = 0; m < M; ++m) {
         const auto x_m = Weights::input(values + m * x.stride + column);
         for (int n = 0; n < N; ++n) sum[n][m] = multiply_add(sum[n][m], w[n], x_m);

@@ -21,15 +21,9 @@ struct BytesTile : Bytes {
   __m512i end(int64_t row, int64_t column, Group) const { return load_part(address(row, column), columns - column); }
 };
 
-struct NibblesTile : Nibbles {
-  using Nibbles::Nibbles;
+struct NibblesTile : NibblesWith<0> {
+  using NibblesWith::NibblesWith;
   static constexpr bool IS_INTEGER = true;
-  __m512i at(int64_t row, int64_t column, const Group& table) const {
-    return look_up(load_nibbles(address(row, column)), table);
-  }
-  __m512i end(int64_t row, int64_t column, const Group& table) const {
-    return look_up(load_nibbles_part(address(row, column)), table);
-  }
 };
 
 struct DenseTile : DensePairs {
@@ -68,22 +62,23 @@ struct NibblePairsTile : Pairs {  // value times scale, rounded to bfloat16
   const uint8_t* values;
   const float* scales;
   const int8_t* zeros;
-  int64_t columns, group_size, groups;
+  int64_t columns;
+  Groups groups;
 
   explicit NibblePairsTile(const SaccadeLinear& layer)
       : values(static_cast<const uint8_t*>(layer.values)), scales(layer.scale), zeros(layer.zero),
-        columns(layer.in_features), group_size(layer.group_size), groups(layer.in_features / layer.group_size) {}
+        columns(layer.in_features), groups(layer) {}
 
   using Group = __m512i;  // what the 16 nibbles stand for, twice
-  int64_t span() const { return group_size; }
+  int64_t span() const { return groups.size(); }
   Group group(int64_t row, int64_t column) const {
-    const int64_t group = row * groups + column / group_size;
+    const int64_t group = groups.number(row, column);
     const __m256i table =
         (__m256i)_mm512_cvtneps_pbh(float_table(scales[group], zeros == nullptr ? 0.0f : zeros[group]));
     return _mm512_broadcast_i64x4(table);
   }
   __m512i at(int64_t row, int64_t column, Group table) const {
-    const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + (row * columns + column) / 2));
+    const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + ((row * columns + column) >> 1)));
     const __m256i low = _mm256_cvtepu8_epi16(run);
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_srli_epi16(low, 4), 1);
     return _mm512_permutexvar_epi16(both, table);  // looks at five bits: the table is there twice
@@ -129,9 +124,12 @@ template <class Weights>
 void stage(const Weights& weights, int64_t output, int64_t count, int64_t first, int64_t last, int8_t* tiles) {
   typename Weights::Group group[TILE];
   const int64_t span = weights.span();
+  int64_t next = first;  // column where groups change; blocks begin where a group does, or within the only one
   for (int64_t column = first; column < last; column += Weights::STEP, tiles += TILE_SIZE) {
-    if (column == first || column % span == 0)
+    if (column == next) {
       for (int64_t n = 0; n < count; ++n) group[n] = weights.group(output + n, column);
+      next += span;
+    }
     __m512i rows[TILE];
     const bool is_whole = column + Weights::STEP <= weights.columns;
     if (count == TILE && is_whole) {

@@ -50,6 +50,7 @@ constexpr int32_t PRODUCT_OFFSET = 128;
 using Left = __m512i;
 using Right = __m512i;
 inline Left left(Int8 w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+inline Left ready(Int8 w) { return w; }  // has PRODUCT_OFFSET already
 inline Right right(Int8 x) { return x; }
 inline Sum multiply_add(Sum sum, Left w, Right x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
@@ -61,6 +62,7 @@ using Right = Left;
 inline Left left(Int8 w) {
   return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(w)), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(w, 1))};
 }
+inline Left ready(Int8 w) { return left(w); }
 inline Right right(Int8 x) { return left(x); }
 inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
   sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.low, x.low));
@@ -105,6 +107,7 @@ constexpr int32_t PRODUCT_OFFSET = 128;
 using Left = __m256i;
 using Right = __m256i;
 inline Left left(Int8 w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+inline Left ready(Int8 w) { return w; }  // has PRODUCT_OFFSET already
 inline Right right(Int8 x) { return x; }
 inline Sum multiply_add(Sum sum, Left w, Right x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
@@ -116,6 +119,7 @@ using Right = Left;
 inline Left left(Int8 w) {
   return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1))};
 }
+inline Left ready(Int8 w) { return left(w); }
 inline Right right(Int8 x) { return left(x); }
 inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.low, x.low));
@@ -163,6 +167,7 @@ inline Int8 look_up(Int8 nibbles, Table table) {
   return nibbles;
 }
 inline const Int8& left(const Int8& w) { return w; }
+inline const Int8& ready(const Int8& w) { return w; }
 inline const Int8& right(const Int8& x) { return x; }
 inline Sum multiply_add(Sum sum, const Int8& w, const Int8& x) {
   for (int i = 0; i < BYTES; ++i) sum += static_cast<int16_t>(w.values[i]) * static_cast<int16_t>(x.values[i]);

@@ -82,7 +82,8 @@ void gate_row(const SaccadeSiluMul& op, int64_t row) {
   T* y = static_cast<T*>(op.y) + row * columns;
   each_vector(columns, [&](int64_t i, auto whole) {
     const Floats g = take(gate + i, columns - i, whole);
-    const Floats silu = rounded_to<T>(g / (power_of_two(g * splat(-LOG2_E)) + splat(1.0f)));
+    const Floats product = g * reciprocal(power_of_two(g * splat(-LOG2_E)) + splat(1.0f));
+    const Floats silu = rounded_to<T>(g < splat(-104.0f) ? Floats{} : product);  // below, e^g is no float32
     put(y + i, silu * take(up + i, columns - i, whole), columns - i, whole);
   });
 }

@@ -77,13 +77,18 @@ inline Floats load(const int8_t* at) {
   return __builtin_convertvector(bytes, Floats);
 }
 
-// To the nearest, halves to even, NaN to the quiet one: what torch does.
+// To the nearest, halves to even, NaN to the quiet one: what torch does. The processor's own instruction makes zeros of numbers
+// below 2^-126.
 inline Halves to_bf16(Floats v) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
   Words bits = (Words)v;
   Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   Words is_nan = (Words)(v != v);
   rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
   return __builtin_convertvector(rounded, Halves);
+#endif
 }
 
 inline void store(float* at, Floats v) { memcpy(at, &v, sizeof v); }
@@ -101,6 +106,15 @@ inline void store(Fp16* at, Floats v) {
 // The first `count` lanes, the others zero; for the end of a row.
 template <class T>
 inline Floats load_first(const T* at, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (Floats)_mm512_maskz_loadu_ps(mask, at);
+  if constexpr (sizeof(T) == 2) {
+    T whole[LANES];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(mask, at));
+    return load(whole);
+  }
+#endif
   T padded[LANES] = {};
   memcpy(padded, at, count * sizeof(T));
   return load(padded);
@@ -110,6 +124,12 @@ template <class T>
 inline void store_first(T* at, Floats v, int64_t count) {
   T padded[LANES];
   store(padded, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(at, mask, (__m512)v);
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(at, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+#endif
   memcpy(at, padded, count * sizeof(T));
 }
 
@@ -121,20 +141,38 @@ inline Floats rounded_to(Floats v) {
   return v;
 }
 
+// 1 / v, within two units of the last place.
+inline Floats reciprocal(Floats v) {
+#if defined(__AVX512F__)
+  const Floats about = (Floats)_mm512_rcp14_ps((__m512)v);
+  return fma(about, fma(-v, about, splat(1.0f)), about);
+#else
+  return splat(1.0f) / v;
+#endif
+}
+
 inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[LANES];
   store(lanes, v);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 inline float largest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float lanes[LANES];
   store(lanes, v);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
+#endif
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -142,11 +180,18 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 // 2^x, off by 1e-7 of it at most; 2^-126 below -126, 2^127 above 127, NaN for NaN. Adding 1.5 * 2^23, whose last bit is worth 1,
 // splits off the whole part. The polynomial is fitted to 2^x on [-1/2, 1/2], and is 1 at 0.
 inline Floats power_of_two(Floats x) {
+#if defined(__AVX512F__)
+  x = (Floats)_mm512_max_ps((__m512)splat(-126.0f), (__m512)x);  // of a NaN and a number, the second
+  x = (Floats)_mm512_min_ps((__m512)splat(127.0f), (__m512)x);
+  const __m512 exponent = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats rest = x - (Floats)exponent;
+#else
   x = x < -126.0f ? splat(-126.0f) : x;
   x = x > 127.0f ? splat(127.0f) : x;
   const Floats shifted = x + 12582912.0f;
   const Floats rest = x - (shifted - 12582912.0f);
   const Ints exponent = ((Ints)shifted - 0x4b400000 + 127) << 23;
+#endif
   Floats y = splat(0x1.444004p-13f);
   y = fma(y, rest, splat(0x1.5f0896p-10f));
   y = fma(y, rest, splat(0x1.3b2a1cp-7f));
@@ -154,7 +199,11 @@ inline Floats power_of_two(Floats x) {
   y = fma(y, rest, splat(0x1.ebfbe0p-3f));
   y = fma(y, rest, splat(0x1.62e430p-1f));
   y = fma(y, rest, splat(1.0f));
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)y, exponent);
+#else
   return y * (Floats)exponent;
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504f;

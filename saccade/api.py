@@ -29,6 +29,7 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Prompt
 from saccade.kernels.choose import choose, choose_device
+from saccade.kernels.record import KV_SCALE_BYTES
 from saccade.model.layers import Filling, TensorSource
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
@@ -147,12 +148,13 @@ class LLM:
             )
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
-        filling = Filling(source, dtype, device, scheme)
+        is_int8 = options.kv_cache_dtype == "int8"
+        filling = Filling(source, dtype, device, scheme, folds_keys=is_int8)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance:
             for _ in model.load(filling):
                 advance(1)
         num_blocks = self._num_blocks(config, dtype, free - weights)
-        runner = Runner(model, num_blocks, options.block_size, options.encoder_cache_bytes)
+        runner = Runner(model, num_blocks, options.block_size, options.encoder_cache_bytes, is_int8)
         pool = BlockPool(num_blocks, options.block_size)
         scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache)
         self.engine = Engine(runner, scheduler, tokenizer)
@@ -162,7 +164,7 @@ class LLM:
         size = self.options.block_size
         if self.options.kv_cache_tokens is not None:
             return -(-self.options.kv_cache_tokens // size)
-        affordable = int(free_bytes * CACHE_SHARE) // kv_bytes_per_token(config, dtype)
+        affordable = int(free_bytes * CACHE_SHARE) // kv_bytes_per_token(config, dtype, self.options)
         return max(1, min(affordable, 2 * config.text.max_position_embeddings) // size)
 
     # --- asking ---
@@ -317,7 +319,7 @@ def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: Engi
         prompt=prompt,
         max_tokens=max_tokens,
         weight_bytes=weights,
-        kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype),
+        kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype, options),
         media_bytes=frames + rows + features,
         activation_bytes=activations,
     )
@@ -352,9 +354,10 @@ def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Sc
     return int(total)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
     text = config.text
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+    row = text.head_dim + KV_SCALE_BYTES if options.kv_cache_dtype == "int8" else text.head_dim * dtype.itemsize
+    return 2 * text.num_layers * text.num_kv_heads * row
 
 
 def usable_cpus() -> int:

@@ -51,7 +51,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"geometry": []},
     {
         "inputs": ["prompt", "options", "media", "video", "pixels", "chat"],
-        "model": ["layers", "vision", "language", "qwen2_5_vl"],
+        "model": ["key_fold", "layers", "vision", "language", "qwen2_5_vl"],
     },
     {
         "grounding": [],

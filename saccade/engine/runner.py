@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.engine.batch import Batch, Placement
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Medium
-from saccade.kernels.record import Kernels, PagedLayout
+from saccade.kernels.record import KV_SCALE_BYTES, Kernels, PagedLayout
 from saccade.model.language import rotary_angles
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 
@@ -24,10 +24,11 @@ LOGIT_TILE = 64  # rows whose float32 logits over the whole vocabulary are held 
 class PagedCache:
     """Keys and values of all layers in blocks, and the attention over them for the step in hand."""
 
-    def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int, is_int8: bool = False) -> None:
         text = model.config.text
-        shape = (text.num_layers, 2, num_blocks, block_size, text.num_kv_heads, text.head_dim)
-        self.blocks = torch.empty(shape, dtype=model.dtype, device=model.device)
+        row = text.head_dim + (KV_SCALE_BYTES if is_int8 else 0)
+        shape = (text.num_layers, 2, num_blocks, block_size, text.num_kv_heads, row)
+        self.blocks = torch.empty(shape, dtype=torch.int8 if is_int8 else model.dtype, device=model.device)
         self.kernels: Kernels = model.kernels
         self.layout: PagedLayout | None = None
 
@@ -71,9 +72,16 @@ class VisionTimes:
 
 
 class Runner:
-    def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int, encoder_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: Qwen2_5_VL,
+        num_blocks: int,
+        block_size: int,
+        encoder_cache_bytes: int,
+        has_int8_cache: bool = False,
+    ) -> None:
         self.model = model
-        self.cache = PagedCache(model, num_blocks, block_size)
+        self.cache = PagedCache(model, num_blocks, block_size, has_int8_cache)
         plan = model.kernels.plan_decoder
         self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
         self.encoder_cache = EncoderCache(encoder_cache_bytes)

@@ -157,6 +157,9 @@ def store_kv(library: Library) -> StoreKv:
         call(ctypes.byref(Storing(*pointers, x.shape[0], row_bytes, x.stride(0) * size)))
 
     def run(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
+        if k_cache.dtype == torch.int8:
+            reference.store_kv(k, v, k_cache, v_cache, layout)
+            return
         slots = layout.slots.contiguous()
         store(k, k_cache, slots)
         store(v, v_cache, slots)

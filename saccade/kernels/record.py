@@ -16,6 +16,8 @@ from torch import Tensor
 
 from saccade.schemes.scheme import Weight
 
+KV_SCALE_BYTES = 4  # of a token and head in an int8 cache, behind its values
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -103,12 +105,19 @@ class AttentionVarlen(Protocol):
 
 class StoreKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
-        """k, v: [T, K, D] into caches [blocks, block_size, K, D] at layout.slots."""
+        """k, v: [T, K, D] into caches [blocks, block_size, K, D] at layout.slots.
+
+        An int8 cache is [blocks, block_size, K, D + 4]: the D values of a token and head, and the four bytes of their float32
+        scale s = max |x| / 127 (tiny if 0). A value is round(x / s), half to even, in float32.
+        """
 
 
 class AttentionPaged(Protocol):
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
-        """q: [T, N, D]; caches [blocks, block_size, K, D]. Causal attention over each sequence's cache. Returns [T, N, D]."""
+        """q: [T, N, D]; caches [blocks, block_size, K, D]. Causal attention over each sequence's cache. Returns [T, N, D].
+
+        Of an int8 cache (see StoreKv), value times scale is meant, rounded to q.dtype at most.
+        """
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments
+from saccade.kernels.record import KV_SCALE_BYTES, OPS, Kernels, PagedLayout, Segments
 from saccade.schemes.affine import dequantize, integer_values, quantize_rows_fp8, quantize_rows_int8
 from saccade.schemes.scheme import Static, Weight
 
@@ -205,8 +205,23 @@ def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, layout.slots, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, layout.slots, v)
+    for x, blocks in ((k, k_cache), (v, v_cache)):
+        rows = _int8_rows(x) if blocks.dtype == torch.int8 else x
+        blocks.view(-1, *blocks.shape[2:]).index_copy_(0, layout.slots, rows)
+
+
+def _int8_rows(x: Tensor) -> Tensor:
+    """x: [T, K, D]. Returns [T, K, D + 4] int8: values, and the bytes of their scale."""
+    values, scale = quantize_rows_int8(x.flatten(0, 1))
+    return torch.cat([values, scale[:, None].view(torch.int8)], dim=1).view(*x.shape[:2], -1)
+
+
+def _floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a cache [..., D] as they are, or of an int8 one [..., D + 4] as values in `dtype`."""
+    if rows.dtype != torch.int8:
+        return rows
+    values, scale = rows[..., :-KV_SCALE_BYTES], rows[..., -KV_SCALE_BYTES:].contiguous().view(torch.float32)
+    return (values.float() * scale).to(dtype)
 
 
 def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
@@ -217,8 +232,8 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
     block_size = k_cache.shape[1]
     for s, (length, context) in enumerate(zip(layout.query_lengths, layout.context_lengths, strict=True)):
         table = layout.block_tables[s, : -(-context // block_size)]
-        k = _repeat_heads(k_cache[table].flatten(0, 1)[:context], q.shape[1])[None]
-        v = _repeat_heads(v_cache[table].flatten(0, 1)[:context], q.shape[1])[None]
+        k = _repeat_heads(_floats(k_cache[table].flatten(0, 1)[:context], q.dtype), q.shape[1])[None]
+        v = _repeat_heads(_floats(v_cache[table].flatten(0, 1)[:context], q.dtype), q.shape[1])[None]
         queries = q[start : start + length][None]
         if length == context:
             out[start : start + length] = _attend(queries, k, v, scale, causal=True)[0]
@@ -245,8 +260,8 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, sc
     places = torch.arange(max(layout.context_lengths), device=q.device)[None]
     held = torch.minimum(places, contexts - 1)
     slots = layout.block_tables.gather(1, held // block_size) * block_size + held % block_size
-    k = k_cache.flatten(0, 1)[slots].transpose(1, 2)  # [S, K, C, D]
-    v = v_cache.flatten(0, 1)[slots].transpose(1, 2)
+    k = _floats(k_cache.flatten(0, 1)[slots], q.dtype).transpose(1, 2)  # [S, K, C, D]
+    v = _floats(v_cache.flatten(0, 1)[slots], q.dtype).transpose(1, 2)
     mask = None if len(set(layout.context_lengths)) == 1 else (places < contexts)[:, None, None, :]
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)

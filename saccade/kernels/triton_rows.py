@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernels import reference
 from saccade.kernels.record import PagedLayout
 from saccade.schemes.affine import E4M3_MAX, TINY
 from saccade.schemes.scheme import Static
@@ -282,6 +283,9 @@ def _store_kv(
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
+    if k_cache.dtype == torch.int8:
+        reference.store_kv(k, v, k_cache, v_cache, layout)
+        return
     k, v = unbroken(k), unbroken(v)
     num_tokens, num_heads, head_dim = k.shape
     if num_tokens:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.checkpoints.config import TextConfig
 from saccade.kernels.record import DecoderLayerWeights, DecoderWeights, Kernels, Segments
+from saccade.model.key_fold import fold_keys
 from saccade.model.layers import Embedding, GatedMlp, Linear, Norm
 
 
@@ -61,6 +62,12 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, kernels, f"{prefix}.self_attn", index)
         self.post_norm = Norm(kernels, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=False)
+
+    def fold_keys(self) -> None:
+        """See key_fold.py."""
+        attention = self.attention
+        num_heads, num_kv_heads = attention.q_size // attention.head_dim, attention.kv_size // attention.head_dim
+        attention.qkv.weight = fold_keys(attention.qkv.weight, self.input_norm.gain, num_heads, num_kv_heads)
 
     def weights(self) -> DecoderLayerWeights:
         return DecoderLayerWeights(

@@ -32,13 +32,15 @@ class TensorSource(Protocol):
 class Filling:
     """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense.
 
-    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names.
+    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names. `folds_keys`: scales are moved
+    from keys to queries (see key_fold.py).
     """
 
     source: TensorSource
     dtype: torch.dtype
     device: torch.device
     scheme: Scheme = DENSE
+    folds_keys: bool = False
 
     def tensor(self, *row: int, parts: Mapping[str, int]) -> Tensor:
         """The tensors named in `parts` (name -> rows) one after the other; `row` is the shape of a row."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid
 from saccade.kernels.record import Kernels
-from saccade.model.language import Attend, LanguageModel
+from saccade.model.language import Attend, DecoderLayer, LanguageModel
 from saccade.model.layers import Filling, Linear, fill
 from saccade.model.vision import VisionTower
 
@@ -38,6 +38,8 @@ class Qwen2_5_VL(nn.Module):
         """Fills one block after the other, yielding each one's name; a tied head shares the embedding's numbers."""
         for name, block in self.blocks():
             fill(block, filling)
+            if filling.folds_keys and isinstance(block, DecoderLayer):
+                block.fold_keys()
             yield name
         if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.language.embed_tokens.weight

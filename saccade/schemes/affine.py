@@ -5,6 +5,8 @@ Letters: O outputs, H inputs, G columns in a group.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -139,6 +141,19 @@ def dequantize(weight: Weight, rows: slice = slice(None)) -> Tensor:
     wide = (weight.values[rows] if weight.scheme.is_float else integer_values(weight, rows)).float()
     scale = weight.scale[rows].view(len(wide), -1, 1)  # one of them per row, or per group
     return wide.view(len(wide), scale.shape[1], -1).mul_(scale).flatten(1)
+
+
+def scaled_rows(weight: Weight, factor: Tensor) -> Weight:
+    """The weight of outputs `factor` [O] times as large, bias included; whole numbers stay as they are."""
+    wide = factor.float()
+    static = weight.static
+    if static is not None:
+        static = replace(static, deq_scale=static.deq_scale * wide)
+    bias = None if weight.bias is None else (weight.bias.float() * wide).to(weight.bias.dtype)
+    if weight.scale is None:
+        return replace(weight, values=weight.values * wide[:, None].to(weight.values.dtype), bias=bias)
+    scale = weight.scale * wide.view(-1, *[1] * (weight.scale.ndim - 1))
+    return replace(weight, scale=scale, bias=bias, static=static)
 
 
 # --- calibrated activations and scales of two stages ------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""The demo model says the same over the C++ kernels as over the reference, in each scheme."""
+
+from __future__ import annotations
+
+import pytest
+
+from saccade import LLM, SamplingParams
+from saccade.api import messages_for
+from saccade.demo import VIDEO_SUFFIXES, questions
+from saccade.inputs.options import MediaOptions
+from saccade.kernels.library import load
+from saccade.kernels.record import OPS
+
+pytestmark = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
+GREEDY = SamplingParams(temperature=0, max_tokens=48)
+
+
+def answers(llm: LLM) -> tuple[list[str], list[str]]:
+    """To the demo's questions, and to its questions about other media, most of which have no right answer."""
+    asked = questions()
+    own = []
+    for question in asked:
+        llm.media = MediaOptions(**question.options)
+        own.append(llm.chat(question.messages, GREEDY)[0].outputs[0].text)
+    llm.media = MediaOptions()
+    media = sorted({question.media for question in asked if not question.options})[:2]
+    crossed = []
+    for paths in media:
+        videos = [path for path in paths if path.suffix in VIDEO_SUFFIXES]
+        images = [path for path in paths if path not in videos]
+        crossed += [messages_for(question.question, images, videos) for question in asked]
+    return own, [output.outputs[0].text for output in llm.chat(crossed, GREEDY)]
+
+
+@pytest.mark.parametrize("scheme", [None, "w8a16", "w8a8-dynamic", "w4a8-g32"])
+def test_the_demo_answers_alike_over_both_kernels(scheme: str | None) -> None:
+    (own, crossed), (reference, crossed_reference) = (
+        answers(LLM("demo", device="cpu", quantization=scheme, kernels=kernels, kv_cache_tokens=16384))
+        for kernels in (None, dict.fromkeys(OPS, "reference"))
+    )
+    assert own == reference
+    # Where nothing is right, two tokens may be equally likely up to rounding.
+    equal = sum(a == b for a, b in zip(crossed, crossed_reference, strict=True))
+    assert equal >= 0.9 * len(crossed), f"{len(crossed) - equal} of {len(crossed)} answers differ"

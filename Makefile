@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format kernels clean
+.PHONY: demo test check format kernels sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -52,6 +52,15 @@ kernels:
 	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
 	$(CMAKE) -S saccade/kernels/csrc -B build/kernels
 	$(CMAKE) --build build/kernels --parallel
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests must run without a report.
+sanitize: $(VENV)/.test
+	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
+	$(CMAKE) -S saccade/kernels/csrc -B build/sanitize -D SACCADE_SANITIZE=ON -D SACCADE_OUTPUT=$(CURDIR)/build/sanitize
+	$(CMAKE) --build build/sanitize --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SACCADE_LIBRARY=build/sanitize/_saccade_cpu.so \
+	$(BIN)/python -m pytest -q -x tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py
 
 clean:
 	git clean -fdXq saccade/kernels

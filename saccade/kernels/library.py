@@ -14,7 +14,8 @@ from pathlib import Path
 from saccade.base.errors import OptionError
 
 INTERFACE = 2  # saccade_interface() of csrc/entry.cpp; goes up with every change of an entry point or a structure
-FILE = Path(__file__).with_name("_saccade_cpu.so")
+FILE_VARIABLE = "SACCADE_LIBRARY"  # another build of the library, with sanitizers for example
+FILE = Path(os.environ.get(FILE_VARIABLE) or Path(__file__).with_name("_saccade_cpu.so"))
 # Large tensors in pages of 2 MiB, where the system gives them on request (torch reads this at the first large tensor): reading
 # weights of 8 and 16 bits is 8 to 14 % faster, as the processor prefetches only within a page.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

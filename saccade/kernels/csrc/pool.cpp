@@ -21,6 +21,7 @@ namespace {
 // people's threads (torch's between our kernels) need the processor too.
 constexpr std::chrono::microseconds AWAKE{100};
 constexpr int TURNS_PER_LOOK = 64;  // at the clock
+constexpr int TURNS_BEFORE_YIELD = 4096;
 
 void pause() {
 #if defined(__x86_64__)
@@ -68,7 +69,12 @@ class Pool {
       wake_.notify_all();
     }
     task(context, 0, size());
-    while (remaining_.load(std::memory_order_acquire) > 0) pause();
+    for (int turn = 0; remaining_.load(std::memory_order_acquire) > 0; ++turn) {
+      if (turn < TURNS_BEFORE_YIELD)
+        pause();
+      else
+        std::this_thread::yield();  // a worker may wait for the processor this thread is on
+    }
   }
 
  private:

@@ -16,11 +16,11 @@ KINDS = torch.tensor([FIRST] + [TEXT] * 40 + [PICTURE] * 200, dtype=torch.int8)
 
 
 def inputs(columns: int = 64, seed: int = 0) -> Tensor:
-    """One row for each of KINDS; pictures have outliers in channel 3, text in channel 9, and the first token is massive."""
+    """One row for each of KINDS; pictures have outliers in channel 3, text in channel 9, and the first token both, only larger."""
     x = torch.randn(len(KINDS), columns, generator=torch.Generator().manual_seed(seed))
-    x[KINDS == PICTURE, 3] *= 40
-    x[KINDS == TEXT, 9] *= 15
-    x[0] *= 1000
+    x[KINDS != TEXT, 3] *= 60
+    x[KINDS != PICTURE, 9] *= 40
+    x[0] *= 2
     return x
 
 
@@ -137,7 +137,7 @@ def test_a_found_scale_makes_the_output_less_wrong(method: Smoothing, scheme: Sc
     before, after = (loss(attempt, scale, exact) for scale in (torch.ones(64), best_scale(attempt, method)))
     assert after <= before
     if scheme.activation != "none":
-        assert after < before
+        assert after < (0.5 if scheme.weight_bits == 8 else 0.95) * before
 
 
 def test_searching_is_as_good_as_the_best_method() -> None:

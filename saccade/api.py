@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from saccade.base.errors import DeviceError, OptionError, PromptError, SaccadeError
 from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
+from saccade.base.ranks import Ranks, disconnect, launched_size
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, open_checkpoint
 from saccade.checkpoints.hub import resolve
@@ -25,6 +28,7 @@ from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.engine.request import Request, Timings
 from saccade.engine.runner import Runner
 from saccade.engine.scheduler import Scheduler
+from saccade.engine.workers import LeadingRunner, follow, meet, own_device
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Prompt
@@ -84,6 +88,8 @@ class LLM:
 
     `model` is a checkpoint folder, a hub id, or "demo" for the small model that ships with Saccade. Keywords are the fields
     of EngineOptions; `media` sets defaults for every picture and video, `limits` what is refused unread. One thread at a time.
+    With tensor_parallel=N, N - 1 more processes are started; under torchrun the constructor returns on rank 0 only, all other
+    ranks serve it and then exit. `close`, or the program's end, sends them home.
     Raises CheckpointError, DeviceError or OptionError before anything long begins.
     """
 
@@ -100,7 +106,8 @@ class LLM:
         folder = resolve(model, source=self.options.source, revision=self.options.revision)
         checkpoint = open_checkpoint(folder)
         tokenizer = ChatTokenizer(folder, checkpoint.config)
-        self._open(checkpoint.config, checkpoint, tokenizer, media, limits, kernels)
+        start = {"model": str(folder), "kernels": dict(kernels or {}), **dataclasses.asdict(self.options)}
+        self._open(checkpoint.config, checkpoint, tokenizer, media, limits, kernels, start)
 
     @classmethod
     def from_source(
@@ -129,18 +136,26 @@ class LLM:
         media: MediaOptions | None,
         limits: MediaLimits | None,
         kernels: Mapping[str, str] | None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
+        """`start`: keywords with which another process opens the same model."""
         options = self.options
         self.config, self.tokenizer = config, tokenizer
         self.quantization = options.quantization or (source.quantization if isinstance(source, Checkpoint) else None)
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
-        device, dtype = choose_device(options.device), torch_dtype(options.dtype, config)
+        device, dtype = own_device(choose_device(options.device)), torch_dtype(options.dtype, config)
+        num_ranks = max(options.tensor_parallel, launched_size())
         if options.threads is not None or "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(options.threads or usable_cpus())
+            torch.set_num_threads(options.threads or max(1, usable_cpus() // num_ranks))
+        chosen_kernels = choose(device, dict(kernels or {}))
+        Qwen2_5_VL(config, chosen_kernels, Ranks(size=num_ranks))  # can it be cut so? Before any process is started
         scheme = loading_scheme(options.quantization)
-        model = Qwen2_5_VL(config, choose(device, dict(kernels or {})))
+        self._crew = crew = meet(options.tensor_parallel, device, start)
+        if crew.ranks.leads:
+            weakref.finalize(self, crew.close).atexit = False  # the crew itself sees to that
+        model = Qwen2_5_VL(config, chosen_kernels, crew.ranks)
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, scheme)
+        weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, scheme) // crew.ranks.size
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
@@ -154,7 +169,11 @@ class LLM:
             for _ in model.load(filling):
                 advance(1)
         num_blocks = self._num_blocks(config, dtype, free - weights)
-        runner = Runner(model, num_blocks, options.block_size, options.encoder_cache_bytes, is_int8)
+        num_blocks = crew.agree(num_blocks)
+        sizes = (model, num_blocks, options.block_size, options.encoder_cache_bytes, is_int8)
+        if not crew.ranks.leads:
+            _serve(Runner(*sizes))
+        runner = Runner(*sizes) if crew.ranks.is_alone else LeadingRunner(crew, *sizes)
         pool = BlockPool(num_blocks, options.block_size)
         scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache)
         self.engine = Engine(runner, scheduler, tokenizer)
@@ -166,6 +185,10 @@ class LLM:
             return -(-self.options.kv_cache_tokens // size)
         affordable = int(free_bytes * CACHE_SHARE) // kv_bytes_per_token(config, dtype, self.options)
         return max(1, min(affordable, 2 * config.text.max_position_embeddings) // size)
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel model; of any other there is nothing to end."""
+        self._crew.close()
 
     # --- asking ---
 
@@ -368,6 +391,13 @@ def usable_cpus() -> int:
     except (OSError, ValueError):
         return cpus
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def _serve(runner: Runner) -> NoReturn:
+    """What every rank but the first does with its model: what it is told. Then the process ends."""
+    follow(runner)
+    disconnect()
+    sys.exit(0)
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

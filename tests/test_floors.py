@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "saccade"
 # From the ground up. A folder's files are printed in the order in which they may import each other;
 # rooms on one floor are blind to each other unless they are files of one folder.
 FLOORS: list[dict[str, list[str]]] = [
-    {"base": ["errors", "options", "meter"]},
-    {"schemes": ["scheme", "packing", "affine"]},
+    {"base": ["errors", "options", "meter", "ranks"]},
+    {"schemes": ["scheme", "packing", "affine", "parts"]},
     {
         "kernels": [
             "record",
@@ -51,7 +51,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"geometry": []},
     {
         "inputs": ["prompt", "options", "media", "video", "pixels", "chat"],
-        "model": ["key_fold", "layers", "vision", "language", "qwen2_5_vl"],
+        "model": ["key_fold", "sharding", "layers", "vision", "language", "qwen2_5_vl"],
     },
     {
         "grounding": [],
@@ -82,7 +82,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "state",
             "best",
         ],
-        "engine": ["options", "sampling", "blocks", "request", "scheduler", "batch", "runner", "engine"],
+        "engine": ["options", "sampling", "blocks", "request", "scheduler", "batch", "runner", "workers", "engine"],
     },
     {"outputs": []},
     {"api": [], "drawing": []},
@@ -92,6 +92,7 @@ FLOORS: list[dict[str, list[str]]] = [
         "demo": [],
         "bench": ["options", "work", "machine", "model", "against", "measure"],
         "doctor": [],
+        "follower": [],
         "verify": ["options", "samples", "basis", "layers", "schema", "weights", "sensitivity", "verification"],
     },
     {"cli": ["flags", "ask", "inspect", "quantize", "doctor", "bench", "verify", "demo", "commands", "__main__"]},

@@ -27,7 +27,7 @@ class PagedCache:
     def __init__(self, model: Qwen2_5_VL, num_blocks: int, block_size: int, is_int8: bool = False) -> None:
         text = model.config.text
         row = text.head_dim + (KV_SCALE_BYTES if is_int8 else 0)
-        shape = (text.num_layers, 2, num_blocks, block_size, text.num_kv_heads, row)
+        shape = (text.num_layers, 2, num_blocks, block_size, model.num_kv_heads, row)
         self.blocks = torch.empty(shape, dtype=torch.int8 if is_int8 else model.dtype, device=model.device)
         self.kernels: Kernels = model.kernels
         self.layout: PagedLayout | None = None
@@ -120,12 +120,15 @@ class Runner:
             return self.decoder_step(x, *rotary_angles(self.model.config.text, batch.positions), batch.layout)
         return self.model(x, batch.positions, self.cache)  # type: ignore[no-any-return]
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
         """Logits [V] float32 on the CPU of each of `rows` of hidden [T, H], a tile of them computed at a time."""
         for start in range(0, len(rows), LOGIT_TILE):
-            tile = torch.tensor(rows[start : start + LOGIT_TILE], device=hidden.device)
-            yield from self.model.head(hidden[tile]).float().cpu()
+            yield from self.head(hidden, rows[start : start + LOGIT_TILE]).float().cpu()
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits [R, V] in the model's type of `rows` of hidden [T, H]."""
+        return self.model.head(hidden[torch.tensor(rows, device=hidden.device)])
 
 
 def _groups(media: Sequence[Medium]) -> Iterator[list[Medium]]:

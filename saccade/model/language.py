@@ -12,10 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from saccade.base.ranks import ALONE, Ranks
 from saccade.checkpoints.config import TextConfig
 from saccade.kernels.record import DecoderLayerWeights, DecoderWeights, Kernels, Segments
 from saccade.model.key_fold import fold_keys
 from saccade.model.layers import Embedding, GatedMlp, Linear, Norm
+from saccade.model.sharding import cut_heads, scaled
 
 
 class Attend(Protocol):
@@ -37,14 +39,18 @@ class WholeSequences:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TextConfig, kernels: Kernels, prefix: str, index: int) -> None:
+    def __init__(self, config: TextConfig, kernels: Kernels, prefix: str, index: int, ranks: Ranks) -> None:
         super().__init__()
         self.kernels, self.index = kernels, index
-        self.head_dim = config.head_dim
-        self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = {f"{prefix}.q_proj": self.q_size, f"{prefix}.k_proj": self.kv_size, f"{prefix}.v_proj": self.kv_size}
-        self.qkv = Linear(kernels, config.hidden_size, parts, bias=True)
-        self.output = Linear(kernels, self.q_size, {f"{prefix}.o_proj": config.hidden_size}, bias=False)
+        self.head_dim = D = config.head_dim
+        heads = cut_heads(config.num_heads, config.num_kv_heads, ranks)
+        q_size, kv_size = config.num_heads * D, config.num_kv_heads * D
+        parts = {f"{prefix}.q_proj": q_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size}
+        q, k, v = scaled(heads.q, D), scaled(heads.kv, D, first=q_size), scaled(heads.kv, D, first=q_size + kv_size)
+        output = {f"{prefix}.o_proj": config.hidden_size}
+        self.q_size, self.kv_size = heads.num_q * D, heads.num_kv * D  # of this rank
+        self.qkv = Linear(kernels, config.hidden_size, parts, bias=True, ranks=ranks, rows=(q, k, v))
+        self.output = Linear(kernels, q_size, output, bias=False, ranks=ranks, columns=q)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
@@ -55,13 +61,15 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, kernels: Kernels, index: int) -> None:
+    def __init__(self, config: TextConfig, kernels: Kernels, index: int, ranks: Ranks) -> None:
         super().__init__()
         prefix = f"model.layers.{index}"
         self.input_norm = Norm(kernels, f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, kernels, f"{prefix}.self_attn", index)
+        self.attention = Attention(config, kernels, f"{prefix}.self_attn", index, ranks)
         self.post_norm = Norm(kernels, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=False)
+        self.mlp = GatedMlp(
+            kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=False, ranks=ranks
+        )
 
     def fold_keys(self) -> None:
         """See key_fold.py."""
@@ -89,11 +97,11 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, config: TextConfig, kernels: Kernels) -> None:
+    def __init__(self, config: TextConfig, kernels: Kernels, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kernels, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels, index, ranks) for index in range(config.num_layers))
         self.norm = Norm(kernels, "model.norm", config.hidden_size, config.rms_norm_eps)
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:

@@ -5,7 +5,7 @@ Knows checkpoint tensors by their canonical (hub) names; knows no file formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade.base.errors import CheckpointError
+from saccade.base.ranks import ALONE, Ranks
 from saccade.kernels.record import Kernels
+from saccade.model.sharding import cut_width, length, scaled
 from saccade.schemes.affine import quantize_weight
+from saccade.schemes.parts import take_columns, take_rows
 from saccade.schemes.scheme import DENSE, Scheme, Weight, fitting, stack
 
 
@@ -56,6 +59,8 @@ class Linear(nn.Module):
     """x W^T + b. `parts` names the checkpoint modules stacked into it (q, k, v) with the rows each gives.
 
     `row` is the shape of a weight's row in the checkpoint where it is not flat: a convolution's kernel.
+    Of ranks, each holds `rows` of the parts laid one after the other, or `columns`, and then the products of all are added.
+    Either is cut from the whole weight after it was quantized: how many ranks there are changes no number in it.
     """
 
     weight: Weight
@@ -68,12 +73,17 @@ class Linear(nn.Module):
         bias: bool,
         quantizable: bool = True,
         row: tuple[int, ...] | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        rows: Sequence[slice] | None = None,
+        columns: slice | None = None,
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.in_features = in_features
         self.parts = dict(parts)
-        self.out_features = sum(parts.values())
+        self.ranks, self.rows, self.columns = ranks, rows, columns
+        self.in_features = in_features if columns is None else length(columns)
+        self.out_features = sum(parts.values()) if rows is None else sum(map(length, rows))
         self.has_bias = bias
         self.is_quantizable = quantizable
         self.row = row or (in_features,)
@@ -81,7 +91,17 @@ class Linear(nn.Module):
     def fill(self, filling: Filling) -> None:
         self.weight = self._stored(filling) or self._dense(filling)
         if self.weight.scheme.is_dense and self.is_quantizable and not filling.scheme.is_dense:
-            self.weight = quantize_weight(self.weight, fitting(filling.scheme, self.in_features))
+            self.weight = quantize_weight(self.weight, fitting(filling.scheme, self.weight.in_features))
+        if not self.ranks.is_alone:
+            self.weight = self.share_of(self.weight)
+
+    def share_of(self, weight: Weight) -> Weight:
+        """This rank's share of the whole weight."""
+        if self.rows is not None:
+            return take_rows(weight, self.rows)
+        if self.columns is not None:
+            return take_columns(weight, self.columns, next(iter(self.parts)), keep_bias=self.ranks.leads)
+        return weight
 
     def _stored(self, filling: Filling) -> Weight | None:
         """The weight as the source holds it quantized, None if it does not. Parts are joined, one linear twice in memory."""
@@ -106,7 +126,8 @@ class Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.weight)
+        y = self.kernels.linear(x, self.weight)
+        return y if self.columns is None else self.ranks.add(y)
 
 
 class Norm(nn.Module):
@@ -150,12 +171,17 @@ class Embedding(nn.Module):
 class GatedMlp(nn.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, kernels: Kernels, prefix: str, size: int, intermediate_size: int, bias: bool) -> None:
+    def __init__(
+        self, kernels: Kernels, prefix: str, size: int, intermediate_size: int, bias: bool, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         self.kernels = kernels
         gate_up = {f"{prefix}.gate_proj": intermediate_size, f"{prefix}.up_proj": intermediate_size}
-        self.gate_up = Linear(kernels, size, gate_up, bias=bias)
-        self.down = Linear(kernels, intermediate_size, {f"{prefix}.down_proj": size}, bias=bias)
+        own = cut_width(intermediate_size, ranks, f"columns of {prefix}.down_proj")
+        rows = (own, scaled(own, 1, first=intermediate_size))
+        self.gate_up = Linear(kernels, size, gate_up, bias=bias, ranks=ranks, rows=rows)
+        down = {f"{prefix}.down_proj": size}
+        self.down = Linear(kernels, intermediate_size, down, bias=bias, ranks=ranks, columns=own)
 
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x)))

@@ -7,25 +7,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from saccade.base.ranks import ALONE, Ranks
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid
 from saccade.kernels.record import Kernels
 from saccade.model.language import Attend, DecoderLayer, LanguageModel
 from saccade.model.layers import Filling, Linear, fill
+from saccade.model.sharding import cut_heads, cut_width, length
 from saccade.model.vision import VisionTower
 
 
 class Qwen2_5_VL(nn.Module):
-    """Built without storage from a config; `load` fills it block by block."""
+    """Built without storage from a config; `load` fills it block by block. Of several ranks, each holds its share."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.visual = VisionTower(config.vision, kernels)
-        self.language = LanguageModel(config.text, kernels)
+        self.ranks = ranks
+        self.visual = VisionTower(config.vision, kernels, ranks)
+        self.language = LanguageModel(config.text, kernels, ranks)
         head = {"lm_head": config.text.vocab_size}
-        self.lm_head = Linear(kernels, config.text.hidden_size, head, bias=False, quantizable=False)
+        everyone = [Ranks(rank, ranks.size) for rank in range(ranks.size)]
+        words = [cut_width(config.text.vocab_size, each, "words of the vocabulary") for each in everyone]
+        self.head_widths = [length(each) for each in words]
+        self.lm_head = Linear(
+            kernels, config.text.hidden_size, head, bias=False, quantizable=False, ranks=ranks, rows=[words[ranks.rank]]
+        )
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """Every part with weights of its own, in the order data flows through them."""
@@ -42,7 +50,13 @@ class Qwen2_5_VL(nn.Module):
                 block.fold_keys()
             yield name
         if self.config.text.tie_word_embeddings:
-            self.lm_head.weight = self.language.embed_tokens.weight
+            whole = self.language.embed_tokens.weight
+            self.lm_head.weight = whole if self.ranks.is_alone else self.lm_head.share_of(whole)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of this rank."""
+        return cut_heads(self.config.text.num_heads, self.config.text.num_kv_heads, self.ranks).num_kv
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,5 +86,4 @@ class Qwen2_5_VL(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H], only the rows whose logits are wanted. Returns logits [R, vocab] in the model's type."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return self.ranks.join(self.lm_head(hidden), self.head_widths)

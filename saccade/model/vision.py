@@ -12,40 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.base.ranks import ALONE, Ranks
 from saccade.checkpoints.config import VisionConfig
 from saccade.geometry import Grid, patch_coordinates, slice_lengths, window_order
 from saccade.kernels.record import Kernels, Segments
 from saccade.model.layers import GatedMlp, Linear, Norm
+from saccade.model.sharding import cut, length, scaled
 
 NORM_EPS = 1e-6  # fixed in the published code, whatever rms_norm_eps says
 ROPE_BASE = 10_000.0
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig, kernels: Kernels, prefix: str) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels, prefix: str, ranks: Ranks) -> None:
         super().__init__()
         self.kernels = kernels
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.qkv = Linear(kernels, config.hidden_size, {f"{prefix}.qkv": 3 * config.hidden_size}, bias=True)
-        self.proj = Linear(kernels, config.hidden_size, {f"{prefix}.proj": config.hidden_size}, bias=True)
+        H, D = config.hidden_size, config.head_dim
+        heads = cut(config.num_heads, ranks, "heads of the vision tower")
+        self.num_heads, self.head_dim = length(heads), D
+        rows = [scaled(heads, D, first=part * H) for part in range(3)]
+        self.qkv = Linear(kernels, H, {f"{prefix}.qkv": 3 * H}, bias=True, ranks=ranks, rows=rows)
+        self.proj = Linear(kernels, H, {f"{prefix}.proj": H}, bias=True, ranks=ranks, columns=scaled(heads, D))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         qkv = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim)
         q, k = self.kernels.rope(qkv[:, 0], qkv[:, 1], cos, sin)
         out = self.kernels.attention_varlen(q, k, qkv[:, 2], segments, self.head_dim**-0.5)
-        y: Tensor = self.proj(out.reshape(x.shape))
+        y: Tensor = self.proj(out.flatten(1))
         return y
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig, kernels: Kernels, index: int) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels, index: int, ranks: Ranks) -> None:
         super().__init__()
         prefix = f"visual.blocks.{index}"
         self.is_full = index in config.fullatt_block_indexes
         self.norm1 = Norm(kernels, f"{prefix}.norm1", config.hidden_size, NORM_EPS)
-        self.attention = VisionAttention(config, kernels, f"{prefix}.attn")
+        self.attention = VisionAttention(config, kernels, f"{prefix}.attn", ranks)
         self.norm2 = Norm(kernels, f"{prefix}.norm2", config.hidden_size, NORM_EPS)
-        self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = GatedMlp(kernels, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, True, ranks)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
@@ -87,13 +92,13 @@ class Places:
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.config = config
         kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         parts = {"visual.patch_embed.proj": config.hidden_size}
         self.patch_embed = Linear(kernels, config.patch_values, parts, bias=False, quantizable=False, row=kernel)
-        self.layers = nn.ModuleList(VisionBlock(config, kernels, index) for index in range(config.depth))
+        self.layers = nn.ModuleList(VisionBlock(config, kernels, index, ranks) for index in range(config.depth))
         self.merger = Merger(config, kernels)
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,235 @@
+"""Several processes, one model: rank 0 leads, the others follow.
+
+Rank 0 schedules, samples and talks to the caller, and before each computation tells the others which one it is; they make
+the same calls of the same Runner over their share of the model. So there is one scheduler, one source of random numbers and
+one clock, and ranks cannot come to different decisions. The leader starts the others itself (`start`), or a launcher has
+started all (torchrun). When a process ends, the messages' connections close and every other ends too: none waits for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from saccade.base.errors import DeviceError, OptionError, SaccadeError
+from saccade.base.ranks import ALONE, Ranks, connect, disconnect, launched_size, local_rank
+from saccade.engine.batch import Batch
+from saccade.engine.runner import Runner, VisionTimes
+from saccade.inputs.prompt import Medium
+
+T = TypeVar("T")
+
+FOLLOWER = "saccade.follower"  # the module a started process runs
+STARTED = "SACCADE_STARTED"  # set for processes that a leader started
+MEETING_S = 120.0  # for processes to start, import torch and meet
+PARTING_S = 20.0  # for followers to end by themselves
+
+
+class Crew:
+    """The processes that work on one model, as its leader sees them: those it started, and whether they still answer."""
+
+    def __init__(self, ranks: Ranks, processes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
+        self.ranks = ranks
+        self.processes = list(processes)
+        self.is_broken = False
+        self.is_closed = ranks.is_alone
+        if not ranks.is_alone and ranks.leads:
+            atexit.register(self.close)  # after the groups were made, so that it runs before torch ends them
+
+    def close(self) -> None:
+        """Sends the followers home; those that do not go are ended. Does nothing the second time."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        atexit.unregister(self.close)
+        if not self.is_broken:
+            with contextlib.suppress(RuntimeError):  # they are gone already
+                self.ranks.tell(None)
+        _end(self.processes, 0.0 if self.is_broken else PARTING_S)
+        disconnect()
+
+    def agree(self, number: int) -> int:
+        """The leader's number, everywhere. Waits until every rank has come so far: here it shows if one could not load."""
+        if self.ranks.is_alone:
+            return number
+        if not self.ranks.leads:
+            self.ranks.meet()
+            told = self.ranks.hear()
+            if told is None:
+                sys.exit(0)  # the leader gave up
+            return int(told)
+        try:
+            self.ranks.meet()
+            self.ranks.tell(number)
+        except RuntimeError as error:
+            raise self.broken(error) from error
+        return number
+
+    def broken(self, error: Exception) -> SaccadeError:
+        """What to raise when an exchange failed: who is gone, as far as it is known."""
+        self.is_broken = True
+        time.sleep(0.5)  # the connection closes before the process has ended
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes, start=1)}
+        gone = [f"rank {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None]
+        self.close()
+        return DeviceError(f"{'; '.join(gone) or f'a rank is gone ({error})'}; what it said stands above")
+
+
+class LeadingRunner(Runner):
+    """A Runner that tells the followers what it is about to compute."""
+
+    def __init__(self, crew: Crew, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.crew = crew
+
+    def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:
+        return self._together("embed_media", media, lambda: super(LeadingRunner, self).embed_media(media))
+
+    def run(self, batch: Batch, features: Sequence[Tensor]) -> Tensor:
+        return self._together("run", _portable(batch), lambda: super(LeadingRunner, self).run(batch, features))
+
+    def head(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        return self._together("head", rows, lambda: super(LeadingRunner, self).head(hidden, rows))
+
+    def _together(self, name: str, argument: Any, compute: Callable[[], T]) -> T:
+        if self.crew.is_broken or self.crew.is_closed:
+            raise DeviceError("this model's processes have ended; open it again")
+        try:
+            self.crew.ranks.tell((name, argument))
+            return compute()
+        except RuntimeError as error:
+            raise self.crew.broken(error) from error
+        except BaseException:  # an interrupt, say: the others are somewhere within this computation and will not hear
+            self.crew.is_broken = True
+            self.crew.close()
+            raise
+
+
+def follow(runner: Runner) -> None:
+    """Computes what the leader tells until it says that there is no more."""
+    features: list[Tensor] = []
+    hidden: Tensor | None = None
+    while (message := runner.model.ranks.hear()) is not None:
+        name, argument = message
+        if name == "embed_media":
+            features, _ = runner.embed_media(argument)
+        elif name == "run":
+            batch = _on(argument, runner.model.device)
+            hidden = runner.run(batch, features if batch.placements else [])
+        else:
+            assert hidden is not None, "logits before a step"
+            runner.head(hidden, argument)
+
+
+def _portable(batch: Batch) -> Batch:
+    """The batch as it can be told."""
+    return _on(batch, torch.device("cpu"))
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    layout = replace(
+        batch.layout, block_tables=batch.layout.block_tables.to(device), slots=batch.layout.slots.to(device)
+    )
+    return replace(batch, token_ids=batch.token_ids.to(device), positions=batch.positions.to(device), layout=layout)
+
+
+# --- meeting ----------------------------------------------------------------------------------------------------------
+
+
+def meet(count: int, device: torch.device, start: Mapping[str, Any] | None) -> Crew:
+    """This process's crew of `count`: the one a launcher started, or one started here; alone if 1.
+
+    `start`: keywords of the LLM that a started process opens; None if it could not open the same.
+    Raises OptionError when the numbers do not fit, DeviceError when a process ends before all have met.
+    """
+    launched = launched_size()
+    if launched > 1:
+        if count not in (1, launched):
+            raise OptionError(f"tensor_parallel {count}, but the launcher started {launched} processes; leave it out")
+        return Crew(connect(int(os.environ["RANK"]), launched, device, _leaders_store()))
+    if count == 1:
+        return Crew(ALONE)
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        raise DeviceError(f"tensor_parallel {count} takes as many GPUs, and there are {torch.cuda.device_count()}")
+    if start is None:
+        raise OptionError(
+            f"tensor_parallel {count} needs a checkpoint folder, or a launcher: torchrun --nproc-per-node {count}"
+        )
+    return _start(count, device, start)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several launched processes, each has its own GPU."""
+    if device.type == "cuda" and launched_size() > 1:
+        return torch.device("cuda", local_rank())
+    return device
+
+
+def _start(count: int, device: torch.device, start: Mapping[str, Any]) -> Crew:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(1, count):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+        }
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}, STARTED: "1"}
+        process = subprocess.Popen([sys.executable, "-m", FOLLOWER], stdin=subprocess.PIPE, env=environment)
+        assert process.stdin is not None, "a pipe was asked for"
+        process.stdin.write(json.dumps(dict(start)).encode())
+        process.stdin.close()
+        processes.append(process)
+    try:
+        _await(store, processes)
+        return Crew(connect(0, count, device, store), processes)
+    except BaseException:
+        _end(processes, 0.0)
+        raise
+
+
+def _leaders_store() -> Any:
+    """Where a process started by a leader meets it, having said that it lives; None under a launcher, which has its own ways."""
+    if STARTED not in os.environ:
+        return None
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store.set(f"here/{os.environ['RANK']}", "")
+    return store
+
+
+def _await(store: Any, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + MEETING_S
+    names = [f"here/{rank}" for rank in range(1, len(processes) + 1)]
+    while not store.check(names):
+        for rank, process in enumerate(processes, start=1):
+            if process.poll() is not None:
+                raise DeviceError(
+                    f"rank {rank} ended with exit code {process.returncode} before it met the others; what it said stands above"
+                )
+        if time.monotonic() > deadline:
+            raise DeviceError(f"the other ranks did not come within {MEETING_S:.0f} s; is the machine very busy?")
+        time.sleep(0.05)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

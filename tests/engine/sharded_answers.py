@@ -1,0 +1,37 @@
+"""Run by torchrun: opens models one after the other and writes what rank 0 answers. Arguments: cases as JSON, the file to write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from saccade import LLM, SamplingParams
+from saccade.demo import a_picture
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, repetition_penalty=1.0)
+
+
+def answer(options: dict[str, Any]) -> list[list[int]]:
+    """Token ids for a question about a picture and for two without one, batched."""
+    llm = LLM(**{"device": "cpu", "kv_cache_tokens": 4096, **options})
+    seen = llm.ask("Describe the picture.", a_picture(), sampling_params=GREEDY)
+    said = llm.chat([[{"role": "user", "content": text}] for text in ("Say hello.", "Count to five, please.")], GREEDY)
+    llm.close()
+    return [list(output.outputs[0].token_ids) for output in (seen, *said)]
+
+
+def main(cases: str, out: str) -> None:
+    answers = []
+    for options in json.loads(cases):
+        try:
+            answers.append(answer(options))
+        except SystemExit:  # what a follower does when the leader closes; here the next model follows
+            continue
+    if answers:
+        Path(out).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

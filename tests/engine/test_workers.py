@@ -1,0 +1,107 @@
+"""Several processes answer as one does, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saccade import LLM, SamplingParams
+from saccade.base.errors import DeviceError, OptionError
+from saccade.base.ranks import ALONE, Ranks
+from saccade.checkpoints.presets import PRESETS
+from saccade.model.sharding import cut, cut_heads, cut_width, length
+from tests.engine.sharded_answers import answer
+from tests.goldens import GOLDENS
+
+SCRIPT = Path(__file__).with_name("sharded_answers.py")
+CASES: list[dict[str, str]] = [
+    {"dtype": "float32"},
+    {"dtype": "bfloat16"},
+    {"dtype": "float32", "quantization": "w8a8-dynamic"},
+    {"dtype": "float32", "quantization": "w4a8-g32"},
+    {"dtype": "float32", "quantization": "w4a16-g32"},
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_answer_as_one_does(num_ranks: int, tmp_path: Path) -> None:
+    cases = [*CASES]
+    static = GOLDENS / "w8a8_m2_vllm" / "output"
+    if static.exists() and num_ranks == 2:  # its model has two heads
+        cases.append({"model": str(static), "dtype": "float32"})
+    out = tmp_path / "answers.json"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(num_ranks),
+        "--standalone",
+    ]
+    command = [*launch, str(SCRIPT), json.dumps(cases), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text()) == [answer(dict(case)) for case in cases]
+
+
+def test_started_ranks_answer_and_a_dead_one_ends_the_run() -> None:
+    llm = LLM("demo", device="cpu", kv_cache_tokens=4096, tensor_parallel=2)
+    alone = LLM("demo", device="cpu", kv_cache_tokens=4096)
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    expected = alone.ask("Say hello.", sampling_params=params).outputs[0].token_ids
+    assert llm.ask("Say hello.", sampling_params=params).outputs[0].token_ids == expected
+    with pytest.raises(OptionError, match="one tensor-parallel model at a time"):
+        LLM("demo", device="cpu", kv_cache_tokens=4096, tensor_parallel=2)
+    os.kill(llm._crew.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(DeviceError, match="rank 1 ended with exit code -9"):
+        llm.ask("Say hello.", sampling_params=params)
+    with pytest.raises(DeviceError, match="open it again"):
+        llm.ask("Say hello.", sampling_params=params)
+
+
+def test_a_number_of_ranks_that_does_not_fit_is_refused_before_any_is_started() -> None:
+    with pytest.raises(OptionError, match="tensor_parallel 3 shares 2 key heads unevenly; use a multiple of 2"):
+        LLM("demo", device="cpu", tensor_parallel=3)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_every_head_and_column_has_one_owner(size: str, num_ranks: int) -> None:
+    config = PRESETS[size]
+    text, vision = config.text, config.vision
+    ranks = [Ranks(rank, num_ranks) for rank in range(num_ranks)]
+    heads = [cut_heads(text.num_heads, text.num_kv_heads, each) for each in ranks]
+    share = text.num_heads // text.num_kv_heads
+    assert [q for each in heads for q in range(each.q.start, each.q.stop)] == list(range(text.num_heads))
+    for each in heads:  # query head q reads key head q // share, which its rank holds, in the same order
+        read = [q // share - each.kv.start for q in range(each.q.start, each.q.stop)]
+        assert read == [local // (each.num_q // each.num_kv) for local in range(each.num_q)]
+    for width in (text.intermediate_size, vision.intermediate_size, text.vocab_size):
+        spans = [cut_width(width, each, "columns") for each in ranks]
+        assert [column for span in spans for column in (span.start, span.stop)][1:-1] == [
+            span.start for span in spans[1:] for _ in range(2)
+        ]
+        assert (spans[0].start, spans[-1].stop) == (0, width)
+        assert max(map(length, spans)) <= 1.1 * width / num_ranks + 256
+
+
+def test_groups_of_columns_stay_whole() -> None:
+    for width, size in ((11_008, 256), (18_944, 256), (29_568, 128), (3456, 128), (704, 64)):
+        for rank in range(4):
+            span = cut_width(width, Ranks(rank, 4), "columns")
+            assert span.start % size == span.stop % size == 0
+
+
+def test_too_many_ranks_are_refused_with_the_number_that_fits() -> None:
+    with pytest.raises(
+        OptionError, match="tensor_parallel 32 is more than the 16 heads of the vision tower; use 16 or fewer"
+    ):
+        cut(16, Ranks(0, 32), "heads of the vision tower")
+    assert cut(16, ALONE, "heads") == slice(0, 16)

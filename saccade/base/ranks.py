@@ -94,8 +94,7 @@ def local_rank() -> int:
 
 def connect(rank: int, size: int, device: torch.device, store: Any = None) -> Ranks:
     """Meets the others, at `store` or where the launcher's variables say. Raises OptionError if this process has met some already."""
-    if dist.is_initialized():
-        raise OptionError("one tensor-parallel model at a time in a process; close() the other one first")
+    require_disconnected()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -104,6 +103,11 @@ def connect(rank: int, size: int, device: torch.device, store: Any = None) -> Ra
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=EXCHANGE, store=place)
     messages = dist.new_group(backend="gloo", timeout=FOREVER)
     return Ranks(rank, size, dist.group.WORLD, messages)
+
+
+def require_disconnected() -> None:
+    if dist.is_initialized():
+        raise OptionError("one tensor-parallel model at a time in a process; close() the other one first")
 
 
 @cache

@@ -82,7 +82,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.cache = PagedCache(model, num_blocks, block_size, has_int8_cache)
-        plan = model.kernels.plan_decoder
+        plan = model.kernels.plan_decoder if model.ranks.is_alone else None  # in one call, nothing can be exchanged
         self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower

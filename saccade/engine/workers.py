@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from saccade.base.errors import DeviceError, OptionError, SaccadeError
-from saccade.base.ranks import ALONE, Ranks, connect, disconnect, launched_size, local_rank
+from saccade.base.ranks import ALONE, Ranks, connect, disconnect, launched_size, local_rank, require_disconnected
 from saccade.engine.batch import Batch
 from saccade.engine.runner import Runner, VisionTimes
 from saccade.inputs.prompt import Medium
@@ -161,6 +161,7 @@ def meet(count: int, device: torch.device, start: Mapping[str, Any] | None) -> C
         return Crew(connect(int(os.environ["RANK"]), launched, device, _leaders_store()))
     if count == 1:
         return Crew(ALONE)
+    require_disconnected()
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise DeviceError(f"tensor_parallel {count} takes as many GPUs, and there are {torch.cuda.device_count()}")
     if start is None:

@@ -10,7 +10,7 @@ from typing import Any
 from saccade import LLM, SamplingParams
 from saccade.demo import a_picture
 
-GREEDY = SamplingParams(max_tokens=16, temperature=0.0, repetition_penalty=1.0)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.0)
 
 
 def answer(options: dict[str, Any]) -> list[list[int]]:

@@ -31,10 +31,10 @@ CASES: list[dict[str, str]] = [
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_answer_as_one_does(num_ranks: int, tmp_path: Path) -> None:
-    cases = [*CASES]
+    cases = CASES if num_ranks == 2 else [CASES[1], CASES[3]]
     static = GOLDENS / "w8a8_m2_vllm" / "output"
     if static.exists() and num_ranks == 2:  # its model has two heads
-        cases.append({"model": str(static), "dtype": "float32"})
+        cases = [*cases, {"model": str(static), "dtype": "float32"}]
     out = tmp_path / "answers.json"
     launch = [
         sys.executable,

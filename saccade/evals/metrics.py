@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from saccade.evals.item import Item
@@ -188,17 +189,42 @@ def _numbers_as_floats(value: Any) -> Any:
 
 def box(item: Item, text: str, media: Media) -> float:
     """As many boxes as the right answer has, each with intersection over union of 0.5 or more with the one it is matched to."""
-    wanted = find_boxes(item.answer, media)
-    found = find_boxes(text, media)
+    found, wanted = find_boxes(text, media), right_boxes(item, media)
     overlaps = match_boxes(found, wanted)
     return float(bool(wanted) and len(found) == len(wanted) and min(overlaps) >= MIN_OVERLAP)
 
 
 def mean_overlap(item: Item, text: str, media: Media) -> float:
     """Mean intersection over union of the matched boxes; a box missing or too many counts 0. Reported beside `box`."""
-    wanted = find_boxes(item.answer, media)
-    found = find_boxes(text, media)
+    found, wanted = find_boxes(text, media), right_boxes(item, media)
     return sum(match_boxes(found, wanted)) / max(len(wanted), len(found), 1)
+
+
+def asks_for_boxes(item: Item) -> bool:
+    return item.metric in ("box", "picture_box")
+
+
+def right_boxes(item: Item, media: Media) -> list[Box]:
+    """The boxes of the right answer, which is in the pixels the model speaks in, or for `picture_box` in the picture's own."""
+    if item.metric == "picture_box":
+        media = [replace(receipt, model_size=receipt.original_size) for receipt in media]
+    return find_boxes(item.answer, media)
+
+
+def model_answer(item: Item, media: Media) -> str:
+    """The right answer as a perfect model would write it: for `picture_box` with its boxes in the pixels the model speaks in."""
+    if item.metric != "picture_box":
+        return item.answer
+    written = []
+    for found in right_boxes(item, media):
+        (width, height), (model_width, model_height) = (
+            media[found.picture].original_size,
+            media[found.picture].model_size,
+        )
+        scales = (model_width / width, model_height / height) * 2
+        corners = [round(value * scale) for value, scale in zip(found.xyxy, scales, strict=True)]
+        written.append(f'\t{{"bbox_2d": {corners}, "label": {json.dumps(found.label, ensure_ascii=False)}}}')
+    return "```json\n[\n" + ",\n".join(written) + "\n]\n```"
 
 
 def match_boxes(found: Sequence[Box], wanted: Sequence[Box]) -> list[float]:
@@ -232,6 +258,7 @@ METRICS: dict[str, Metric] = {
     "relaxed": relaxed,
     "json": json_equality,
     "box": box,
+    "picture_box": box,
 }
 
 

@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert out.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["ask", "inspect", "quantize", "verify", "doctor", "bench", "demo"])
+@pytest.mark.parametrize("command", ["ask", "inspect", "quantize", "verify", "doctor", "bench", "eval", "demo"])
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

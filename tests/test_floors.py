@@ -88,14 +88,28 @@ FLOORS: list[dict[str, list[str]]] = [
     {"api": [], "drawing": []},
     {"scoring": []},
     {
-        "evals": ["item", "metrics", "statistics"],
+        "evals": ["item", "metrics", "statistics", "dataset", "outliers", "run", "report"],
         "demo": [],
         "bench": ["options", "work", "machine", "model", "against", "measure"],
         "doctor": [],
         "follower": [],
         "verify": ["options", "samples", "basis", "layers", "schema", "weights", "sensitivity", "verification"],
     },
-    {"cli": ["flags", "ask", "inspect", "quantize", "doctor", "bench", "verify", "demo", "commands", "__main__"]},
+    {
+        "cli": [
+            "flags",
+            "ask",
+            "inspect",
+            "quantize",
+            "doctor",
+            "bench",
+            "verify",
+            "eval",
+            "demo",
+            "commands",
+            "__main__",
+        ]
+    },
 ]
 
 

@@ -25,6 +25,7 @@ class Program(click.Group):
         "verify": "Say whether a quantized checkpoint is sound, and how near its model.",
         "doctor": "Say what this machine can do, what is active, and why.",
         "bench": "Measure every stage of an answer, and its distance from the machine's limit.",
+        "eval": "Ask a model questions whose answers are known, and compare it with another.",
         "demo": "Ask the model that ships with Saccade about the pictures that ship with it.",
     }
 

@@ -27,7 +27,8 @@ class Interval:
 def bootstrap(groups: Sequence[Sequence[float]], *, seed: int, level: float = 0.95) -> Interval:
     """The mean over groups of each group's mean, with its percentile bootstrap interval (Efron 1979), seeded.
 
-    Items are drawn anew within each group: tasks are fixed, items are a sample. No group may be empty.
+    Items are drawn anew within each group: tasks are fixed, items are a sample. No group may be empty. Two models over the same
+    items are compared by the differences of their scores.
     """
     rng = np.random.default_rng(seed)
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
@@ -45,13 +46,6 @@ def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
         count = min(step, RESAMPLES - start)
         parts.append(values[rng.integers(len(values), size=(count, len(values)))].mean(axis=1))
     return np.concatenate(parts)
-
-
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], *, seed: int, level: float = 0.95) -> Interval:
-    """The mean of a - b over the same items, with its percentile bootstrap interval: for scores between 0 and 1."""
-    return bootstrap(
-        [(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).tolist()], seed=seed, level=level
-    )
 
 
 @dataclass(frozen=True)

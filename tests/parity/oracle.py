@@ -226,3 +226,8 @@ class Oracle:
 def _grids(prompt: Prompt, kinds: tuple[str, ...]) -> Tensor:
     grids = [medium.receipt.grid for medium in prompt.media if medium.receipt.kind in kinds]
     return torch.tensor([[grid.t, grid.h, grid.w] for grid in grids])
+
+
+def load(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+    """A checkpoint in transformers, in float32."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import click
 import pytest
 
 from saccade.cli import program
+from saccade.evals.report import render_markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +50,14 @@ def test_every_option_in_the_text_exists() -> None:
         known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
     assert unknown == {"--benchmark", "--cases"}  # the reference's, and of tools/train_demo
+
+
+def test_the_table_of_scores_is_the_committed_measurement() -> None:
+    """`saccade eval demo --limit N --json docs/demo-eval.json --markdown` writes both."""
+    measured = ROOT / "docs" / "demo-eval.json"
+    if not measured.exists():
+        pytest.skip("docs/demo-eval.json is not committed: the demo model has not been measured")
+    assert render_markdown(json.loads(measured.read_text(encoding="utf-8"))) in README
 
 
 def test_every_linked_file_is_there() -> None:

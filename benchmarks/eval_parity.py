@@ -13,8 +13,8 @@ from pathlib import Path
 from saccade.base.meter import progress
 from saccade.checkpoints.hub import resolve
 from saccade.engine.options import EngineOptions
+from saccade.evals import tasks
 from saccade.evals.run import Candidate, EvalOptions, answer
-from saccade.evals.tasks import TASKS, draw
 from tests.parity.oracle import Oracle, load
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="items in all, spread over the tasks")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tasks = list(TASKS)
-    items = [draw(tasks[n % len(tasks)], "test", options.seed, n // len(tasks)) for n in range(options.limit)]
+    names = list(tasks.TASKS)
+    items = [tasks.draw(names[n % len(names)], "test", options.seed, n // len(names)) for n in range(options.limit)]
     llm = Candidate(options.model, EngineOptions(dtype="float32")).open()
     eval_options = EvalOptions(seed=options.seed)
     ours = answer(llm, items, eval_options)

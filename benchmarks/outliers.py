@@ -21,9 +21,9 @@ from saccade.api import LLM, quantize
 from saccade.base.meter import progress
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.checkpoints.hub import resolve
+from saccade.evals import tasks
 from saccade.evals.item import Item
 from saccade.evals.outliers import INJECTORS, Injected, inject
-from saccade.evals.tasks import TASKS, draw
 from saccade.inputs.chat import ChatTokenizer
 from saccade.kernels.record import OPS, PagedLayout
 from saccade.model.layers import Linear
@@ -93,7 +93,7 @@ def measure(model: str, items: Sequence[Item]) -> list[list[str]]:
     reference = list(logits(LLM(model, dtype="float32"), items))
     caches = ["int8 cache, keys as they are", "int8 cache"]
     rows = [["injector", "float32 itself", "bf16", *SCHEMES[1:], "static, every token", "w8a8", *caches]]
-    calibration = [draw(task, "train", 0, index) for task in TASKS for index in range(2)]
+    calibration = [tasks.draw(task, "train", 0, index) for task in tasks.TASKS for index in range(2)]
     slow_but_open = dict.fromkeys(OPS, "reference")  # back ends that run a step as one call leave nothing to hook into
     with progress(len(INJECTORS), "measuring") as advance:
         for name in INJECTORS:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4, help="items of each task")
     parser.add_argument("--to", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
-    items = [draw(task, "test", 0, index) for task in TASKS for index in range(options.limit)]
+    items = [tasks.draw(task, "test", 0, index) for task in tasks.TASKS for index in range(options.limit)]
     rows = measure(options.model, items)
     text = f"{table(rows)}\n\nModel {options.model}, {len(items)} items."
     print(text)

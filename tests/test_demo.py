@@ -74,7 +74,7 @@ def test_a_wrong_answer_is_called_wrong() -> None:
 
 def test_the_checkpoint_is_small_and_whole() -> None:
     assert not describe(FOLDER / "model").problems
-    assert sum(path.stat().st_size for path in (FOLDER / "model").iterdir()) <= 25e6
+    assert sum(path.stat().st_size for path in (FOLDER / "model").iterdir()) <= 40e6
 
 
 def test_the_readme_gives_the_measured_scores() -> None:

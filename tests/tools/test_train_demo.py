@@ -1,190 +1,31 @@
-"""The demo model's drawings, questions and tokens say what they claim."""
+"""The demo model's training tokens, batches and growth say what they claim."""
 
 from __future__ import annotations
 
-import json
-import re
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 pytest.importorskip("safetensors")
 from saccade.checkpoints.config import PreprocessingConfig
+from saccade.evals.drawing import text_sprite
+from saccade.evals.questions import Turn
+from saccade.evals.tasks import MEDIA
 from saccade.geometry import Grid
 from saccade.inputs.pixels import patches
-from tools.train_demo import scenes, tasks, tokenizer
-from tools.train_demo.batches import BatchSource, Packer, patch_rows
+from tools.train_demo import batches, tokenizer
+from tools.train_demo.batches import START_WEIGHTS, BatchSource, Packer, patch_rows
 from tools.train_demo.dense import CHARACTERS, COLUMNS, KINDS, UNIT, dense_targets
-from tools.train_demo.evaluate import is_right
 from tools.train_demo.network import Network
-from tools.train_demo.train import answer_logits, demo_config, see
-
-if not scenes.FONT_FOLDER.is_dir():
-    pytest.skip("the drawings need fonts-dejavu-core", allow_module_level=True)
-
-
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
+from tools.train_demo.train import SIZES, answer_logits, answers_right, demo_config
+from tools.train_demo.widen import widened
 
 
 @pytest.fixture(scope="module")
 def small_tokenizer() -> Tokenizer:
-    return tokenizer.build(seed=1, num_scenes=20)
-
-
-# --- scenes ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_seed_draws_the_same_picture_and_the_same_clip():
-    for draw in (lambda r: scenes.picture(r, 140, 168), lambda r: scenes.page(r, 140, 168)):
-        a, b = draw(rng(5)), draw(rng(5))
-        assert np.array_equal(a.pixels, b.pixels)
-        assert a.items == b.items
-    a, b = (scenes.clip(rng(6), 112, 112, 6) for _ in range(2))
-    assert np.array_equal(a.frames, b.frames)
-    assert (a.items, a.entries, a.second_per_grid) == (b.items, b.entries, b.second_per_grid)
-
-
-def test_training_scenes_never_hold_what_is_held_out():
-    generator = rng(7)
-    for _ in range(60):
-        items = list(scenes.picture(generator, 112, 140).items)
-        items += [item for shown in scenes.clip(generator, 84, 84, 6).items for item in shown]
-        for item in items:
-            assert (item.colour, item.kind) not in scenes.HELD_OUT_PAIRS
-            assert not scenes.is_held_out_text(item.text)
-
-
-def test_held_out_scenes_do_hold_them():
-    generator = rng(8)
-    items = [item for _ in range(40) for item in scenes.picture(generator, 112, 140, held_out=True).items]
-    texts = [item.text for item in items if item.kind == "number"]
-    assert texts
-    assert all(scenes.is_held_out_text(text) for text in texts)
-    pairs = [(item.colour, item.kind) in scenes.HELD_OUT_PAIRS for item in items if item.is_shape]
-    assert 0.4 < sum(pairs) / len(pairs) < 0.9
-
-
-@pytest.mark.parametrize("kind", scenes.SHAPES)
-def test_a_box_encloses_exactly_the_pixels_drawn(kind: str):
-    sprite = scenes.shape_sprite(kind, "red", (255.0, 0.0, 0.0), 40, 0.1)
-    canvas = np.zeros((80, 90, 3), dtype=np.float32)
-    scenes.paste(canvas, sprite, 20, 10)
-    rows, columns = np.nonzero(canvas[:, :, 0] >= scenes.SOLID)
-    assert sprite.at(20, 10).box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-
-
-def test_objects_keep_apart_and_inside_the_picture():
-    generator = rng(9)
-    for _ in range(40):
-        items = scenes.draw_picture(generator, 112, 112).items
-        assert items
-        for i, a in enumerate(items):
-            assert 0 <= a.box[0] < a.box[2] <= 112
-            assert 0 <= a.box[1] < a.box[3] <= 112
-            for b in items[:i]:
-                apart = (a.box[0] - b.box[2], b.box[0] - a.box[2], a.box[1] - b.box[3], b.box[1] - a.box[3])
-                assert max(apart) >= scenes.GAP
-
-
-def test_glyphs_tile_a_text_from_left_to_right():
-    item = scenes.text_sprite("4096", "blue", (0.0, 0.0, 255.0), "DejaVuSans.ttf", 30).item
-    assert "".join(glyph.character for glyph in item.glyphs) == "4096"
-    assert all(a.right == b.left for a, b in zip(item.glyphs, item.glyphs[1:], strict=False))
-    assert item.kind == "number"
-
-
-def test_a_moving_shape_goes_where_the_clip_says():
-    generator = rng(10)
-    moving = [c for c in (scenes.draw_clip(generator, 112, 112, 6) for _ in range(40)) if c.story == "move"]
-    assert moving
-    for clip in moving:
-        first, last = clip.items[0][0].centre, clip.items[-1][0].centre
-        dx, dy = last[0] - first[0], last[1] - first[1]
-        assert (
-            clip.direction
-            == {(1, 0): "right", (-1, 0): "left", (0, 1): "down", (0, -1): "up"}[np.sign(dx), np.sign(dy)]
-        )
-
-
-def test_shapes_enter_a_clip_in_the_order_of_its_cast():
-    generator = rng(11)
-    for _ in range(40):
-        clip = scenes.draw_clip(generator, 112, 112, 8)
-        if clip.story in ("appear", "replace"):
-            for shape, entry in zip(clip.cast, clip.entries, strict=True):
-                shown = [shape.name in {item.name for item in items} for items in clip.items]
-                assert shown.index(True) == entry
-            assert list(clip.entries) == sorted(set(clip.entries))
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
-
-
-def scene_of(*items: scenes.Item) -> scenes.Scene:
-    return scenes.Scene(np.zeros((112, 112, 3), dtype=np.uint8), items)
-
-
-RED_CIRCLE = scenes.Item("circle", "red", (10, 10, 30, 30))
-RED_SQUARE = scenes.Item("square", "red", (40, 10, 60, 30))
-BLUE_CIRCLE = scenes.Item("circle", "blue", (70, 50, 90, 70))
-WORD = scenes.Item("word", "green", (10, 80, 60, 95), "HELLO")
-
-
-def answers(ask, scene) -> set[str]:
-    return {turn.answer for seed in range(60) if (turn := ask(rng(seed), scene)) is not None}
-
-
-def test_only_questions_with_one_answer_are_asked():
-    scene = scene_of(RED_CIRCLE, RED_SQUARE, BLUE_CIRCLE, WORD)
-    assert answers(tasks.ask_colour, scene) == {"The square is red.", "The word is green."}  # two circles: not asked
-    assert answers(tasks.ask_shape, scene) == {"The blue shape is a circle."}
-    assert answers(tasks.ask_text, scene) == {"The word is HELLO.", "It says HELLO."}
-
-
-def test_counts_equal_the_shapes_drawn():
-    generator = rng(12)
-    for _ in range(30):
-        scene = scenes.draw_picture(generator, 140, 140)
-        for seed in range(6):
-            turn = tasks.ask_count(rng(seed), scene)
-            count, what = re.fullmatch(r"There (?:is|are) (no|\d) (.+)\.", turn.answer).groups()
-            words = set(re.sub(r"(shape|circle|square|triangle|star|diamond|cross)e?s$", r"\1", what).split()) - {
-                "shape"
-            }
-            matching = [item for item in scene.shapes if words <= {item.colour, item.kind}]
-            assert len(matching) == (0 if count == "no" else int(count))
-
-
-def test_a_box_answer_is_a_fenced_json_list_as_qwen_writes_it():
-    turn = next(
-        t for s in range(50) if (t := tasks.ask_box(rng(s), scene_of(RED_CIRCLE))) and "red circle" in t.question
-    )
-    assert turn.answer == '```json\n[\n\t{"bbox_2d": [10, 10, 30, 30], "label": "red circle"}\n]\n```'
-    assert json.loads(turn.answer.removeprefix("```json").removesuffix("```"))[0]["bbox_2d"] == [10, 10, 30, 30]
-
-
-def test_a_description_runs_from_left_to_right():
-    turn = tasks.describe_picture(rng(0), scene_of(BLUE_CIRCLE, RED_SQUARE, WORD, RED_CIRCLE))
-    assert turn.answer == "The picture shows a red circle, the word HELLO, a red square and a blue circle."
-
-
-def test_two_pictures_are_compared_by_what_they_hold():
-    pair = scene_of(RED_CIRCLE), scene_of(RED_SQUARE, BLUE_CIRCLE)
-    assert answers(tasks.ask_which_has_more, pair) == {"The second picture."}
-    for seed in range(20):
-        turn = tasks.ask_which_has(rng(seed), pair)
-        assert turn.answer == ("The first picture." if "red circle" in turn.question else "The second picture.")
-
-
-def test_boxes_count_as_right_from_half_an_overlap_on():
-    turn = tasks.Turn("box", "Where is it?", tasks.boxes_answer([RED_CIRCLE], "circle"))
-    near, far = (scenes.Item("circle", "red", box) for box in ((12, 11, 31, 30), (25, 25, 45, 45)))
-    assert is_right(turn, tasks.boxes_answer([near], "circle"))
-    assert not is_right(turn, tasks.boxes_answer([far], "circle"))
-    assert not is_right(turn, "There is none.")
+    return tokenizer.build(seed=1, num_items=4)
 
 
 # --- tokens and batches ----------------------------------------------------------------------------------------------
@@ -217,7 +58,7 @@ def test_added_tokens_are_single_ids_in_qwens_order(small_tokenizer: Tokenizer):
 
 def test_a_branch_sees_the_trunk_and_itself_alone(small_tokenizer: Tokenizer):
     packer = Packer(small_tokenizer, 2.0)
-    turns = [tasks.Turn("colour", f"Question {i}?", f"Answer {i}.") for i in range(3)]
+    turns = [Turn("colour", f"Question {i}?", f"Answer {i}.", "exact") for i in range(3)]
     tree = packer.tree([(Grid(1, 8, 8), 0.0)], [[turns[0]], [turns[1], turns[2]]])
     batch = packer.batch("picture", (), [tree])
     visible = batch.attention_bias()[0, 0] == 0
@@ -236,8 +77,8 @@ def test_a_branch_sees_the_trunk_and_itself_alone(small_tokenizer: Tokenizer):
 
 
 def test_dense_targets_name_the_character_of_every_strip():
-    item = scenes.text_sprite("71", "blue", (0.0, 0.0, 255.0), "DejaVuSans.ttf", 40).item
-    targets = dense_targets([[item]], 56, 56)
+    drawn = text_sprite("71", "blue", (0.0, 0.0, 255.0), 40).drawn
+    targets = dense_targets([[drawn]], 56, 56)
     assert targets.kind[0, 0] == KINDS.index("number") + 1
     strips = targets.characters.view(2, 2 * COLUMNS)[0].tolist()
     seen = [CHARACTERS[i - 1] for i in strips if i]
@@ -255,13 +96,62 @@ def test_training_cuts_patches_as_the_engine_does(small_tokenizer: Tokenizer):
     torch.testing.assert_close(ours[0], patches(frames[:1], config), rtol=0, atol=1e-6)
 
 
-def test_a_held_out_batch_runs_and_an_index_gives_the_same_batch_again(small_tokenizer: Tokenizer):
-    source = BatchSource(Packer(small_tokenizer, 2.0), 3, "held out")
-    a, b = source("clip", 4), source("clip", 4)
+def source_of(small_tokenizer: Tokenizer, *, test: bool) -> BatchSource:
+    return BatchSource(Packer(small_tokenizer, 2.0), 3, lambda: START_WEIGHTS, test=test)
+
+
+def test_an_index_gives_the_same_batch_again(small_tokenizer: Tokenizer):
+    a, b = (source_of(small_tokenizer, test=True)(4, "moving") for _ in range(2))
     assert torch.equal(a.token_ids, b.token_ids)
     assert torch.equal(a.groups[0].frames, b.groups[0].frames)
-    network = Network(demo_config(small_tokenizer))
+    other = source_of(small_tokenizer, test=False)(4, "moving")
+    assert not torch.equal(a.groups[0].frames[:1], other.groups[0].frames[:1])
+
+
+def test_every_medium_makes_a_batch_and_only_right_logits_are_right(
+    small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(batches, "UNITS_PER_BATCH", 64)
+    for medium in MEDIA:
+        batch = source_of(small_tokenizer, test=False)(1, medium)
+        assert batch.is_media.sum() == sum(len(g.frames) * g.grid[0] * g.grid[1] // 4 for g in batch.groups)
+        answers = batch.token_ids[batch.is_answer]
+        perfect = torch.nn.functional.one_hot(answers, tokenizer.VOCAB_SIZE).float()
+        assert all(all(hits) for hits in answers_right(batch, perfect, small_tokenizer).values())
+        wrong = answers_right(batch, torch.zeros_like(perfect), small_tokenizer)
+        assert not any(any(hits) for hits in wrong.values())
+
+
+def test_a_widened_network_says_the_same(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batches, "UNITS_PER_BATCH", 32)
+    torch.manual_seed(0)
+    config = demo_config(small_tokenizer)
+    narrow = replace(
+        config,
+        text=replace(config.text, hidden_size=256, num_heads=4, intermediate_size=704),
+        vision=replace(config.vision, out_hidden_size=256),
+    )
+    old, new = Network(narrow), Network(config)
     with torch.no_grad():
-        logits = answer_logits(network, a, see(network, a))
-    assert logits.shape == (int(a.is_answer.sum()), tokenizer.VOCAB_SIZE)
-    assert logits.isfinite().all()
+        for parameter in old.parameters():  # norms and biases that are not plain
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+        inner = config.text.intermediate_size
+        new.load_state_dict({n: widened(n, w, config.text.head_dim, inner) for n, w in old.state_dict().items()})
+        batch = source_of(small_tokenizer, test=True)(2, "number")
+        logits = []
+        for network in (old, new):
+            rows = patch_rows(batch.groups[0].frames, config.vision, config.preprocessing)
+            logits.append(answer_logits(network, batch, [network.visual(rows, *batch.groups[0].grid)]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    assert logits[0].std() > 0.05
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [("nano", 15e6, 20e6), ("small", 100e6, 200e6)])
+def test_the_sizes_are_what_they_are_called(small_tokenizer: Tokenizer, size: str, least: float, most: float):
+    assert set(SIZES) == {"nano", "small"}
+    config = demo_config(small_tokenizer, size)
+    with torch.device("meta"):
+        network = Network(config)
+    assert least < sum(p.numel() for p in network.parameters()) < most
+    assert config.text.hidden_size % 256 == config.text.intermediate_size % 256 == 0
+    assert sum(config.text.mrope_section) * 2 == config.text.head_dim

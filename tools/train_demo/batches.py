@@ -1,15 +1,14 @@
-"""Training and held-out batches: scenes, questions about them, and tokens, ready for `Network`.
+"""Training and held-out batches: subjects of the tasks, questions about them, and tokens, ready for `Network`.
 
-Every batch follows from (seed, index, split) alone, so a run can resume anywhere. Conversations about one medium are packed
-as a tree: the system turn and the media stand once, and each conversation continues from there without seeing the others.
-Letters: B trees, L tokens (right padded), N slices of a group, H x W pixels.
+Every batch follows from (seed, index, split) and the tasks' weights, so a run can resume anywhere. Conversations about one
+subject are packed as a tree: the system turn and the media stand once, and each conversation continues from there without seeing
+the others. Letters: B trees, L tokens (right padded), N slices of a group, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,22 +16,39 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from saccade.checkpoints.config import PreprocessingConfig, VisionConfig
+from saccade.evals.questions import Turn
+from saccade.evals.scenes import Clip, Scene, page
+from saccade.evals.tasks import MEDIA, TASKS, Subject, ask, draw_medium, tasks_about
 from saccade.geometry import Grid, Span, token_positions
 from tools.train_demo.dense import DenseTargets, dense_targets
-from tools.train_demo.scenes import Clip, Scene, clip, page, picture
-from tools.train_demo.tasks import CLIP_TASKS, PAIR_TASKS, PICTURE_TASKS, Turn, ask_about, chat
+from tools.train_demo.talk import chat, describe
 
-Kind = Literal["picture", "page", "pair", "clip"]
-Split = Literal["train", "held out"]
+UNITS_PER_BATCH = 480  # merged units the tower sees in a batch; sets how many trees there are
+BRANCH_TOKENS = 110  # tokens of conversation that grow on one tree
+TEXT_TREES = 2  # without media, in every batch
+DESCRIBED = ("shapes", "appearing", "moving")  # media that are described, beside their tasks
+PAGE = "page"  # pages of text for the dense heads alone
 
-PICTURE_SIZES = ((112, 112), (112, 140), (140, 112), (140, 140), (112, 168), (168, 112), (168, 168))
-PAIR_SIZES = ((112, 112), (112, 140), (140, 112))
-CLIP_SIZES = ((112, 112), (112, 140), (140, 112))
-UNITS_PER_BATCH = 560  # merged units the tower sees in a picture batch; sets how many trees there are
-UNITS_PER_OTHER_BATCH = 800  # these have less text beside them
-BRANCH_TOKENS = 320  # tokens of conversation that grow on one tree
-
-TEXT_SHARE = 0.55  # of pictures that hold a number or a word
+# How much of each task there is at the start; training follows the errors from there (`train.Balance`).
+START_WEIGHTS: dict[str, float] = {
+    **dict.fromkeys(TASKS, 1.0),
+    "form": 2.5,
+    "table": 2.0,
+    "compare": 2.0,
+    "relation": 1.5,
+    "box": 1.5,
+    "describe": 0.5,
+    "chat": 0.15,
+    PAGE: 0.5,
+}
+TOKEN_WEIGHTS = {
+    "box": 0.5,
+    "describe": 0.5,
+    "copy": 0.1,
+    "sort": 0.15,
+    "sum": 0.3,
+    "chat": 0.1,
+}  # of every answer token of the task; 1 for others
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 ASK = "<|im_end|>\n<|im_start|>assistant\n"
@@ -64,18 +80,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Batch:
-    """token_ids, branch, is_media, is_answer: [B, L]; positions: [3, B, L]. branch: 0 the shared trunk, -1 padding.
+    """token_ids, branch, is_media, is_answer, token_weights: [B, L]; positions: [3, B, L]. branch: 0 the shared trunk, -1
+    padding. token_weights: of the tokens' losses.
 
     Trees without media come last, so the groups' slices fill the media places in order.
     """
 
-    kind: Kind
+    kind: str
     groups: tuple[MediaGroup, ...]
     token_ids: Tensor
     positions: Tensor
     branch: Tensor
     is_media: Tensor
     is_answer: Tensor
+    token_weights: Tensor
     questions: tuple[Question, ...]
 
     def attention_bias(self) -> Tensor:
@@ -122,11 +140,9 @@ class Packer:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
-    def tree(
-        self, media: Sequence[tuple[Grid, float]], conversations: Sequence[Sequence[Turn]], before: str = ""
-    ) -> _Tree:
-        """media: grids with seconds per grid (0: a picture). `before` is text between the user header and the media."""
-        ids, spans = self.encode(SYSTEM + before), []
+    def tree(self, media: Sequence[tuple[Grid, float]], conversations: Sequence[Sequence[Turn]]) -> _Tree:
+        """media: grids with seconds per grid (0: a picture)."""
+        ids, spans = self.encode(SYSTEM), []
         for grid, second_per_grid in media:
             ids.append(self.start)
             spans.append(Span(len(ids), grid, second_per_grid))
@@ -135,8 +151,7 @@ class Packer:
         tree = _Tree(ids, [0] * len(ids), [False] * len(ids), spans, [])
         for number, turns in enumerate(conversations, 1):
             for index, turn in enumerate(turns):
-                question = "" if before else turn.question
-                asked = self.encode((ASK_AGAIN if index else "") + question + ASK)
+                asked = self.encode((ASK_AGAIN if index else "") + turn.question + ASK)
                 answer = self.encode(turn.answer + "<|im_end|>")
                 start = len(tree.token_ids) + len(asked)
                 tree.questions.append((turn, start, start + len(answer)))
@@ -154,7 +169,7 @@ class Packer:
         offsets = torch.arange(len(branches)) - starts + following
         return torch.cat([trunk, offsets.expand(3, -1)], dim=1)
 
-    def batch(self, kind: Kind, groups: tuple[MediaGroup, ...], trees: Sequence[_Tree]) -> Batch:
+    def batch(self, kind: str, groups: tuple[MediaGroup, ...], trees: Sequence[_Tree]) -> Batch:
         shape = (len(trees), max(len(t.token_ids) for t in trees))
         token_ids, branch = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
         is_answer, is_media = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -168,108 +183,112 @@ class Packer:
             for span in tree.spans:
                 is_media[row, span.start : span.start + span.grid.num_tokens(2)] = True
         questions = tuple(Question(turn, row, a, b) for row, tree in enumerate(trees) for turn, a, b in tree.questions)
-        return Batch(kind, groups, token_ids, positions, branch, is_media, is_answer, questions)
+        token_weights = torch.ones(shape)
+        for q in questions:
+            token_weights[q.row, q.start : q.end] = TOKEN_WEIGHTS.get(q.turn.task, 1.0)
+        return Batch(kind, groups, token_ids, positions, branch, is_media, is_answer, token_weights, questions)
 
 
 # --- drawing batches -------------------------------------------------------------------------------------------------
 
 
 class BatchSource:
-    """Batch `index` of a split. Held-out scenes differ by seed and hold combinations never drawn for training."""
+    """Batches of a split, each of one medium; `weights()` gives the tasks' at the time."""
 
-    def __init__(self, packer: Packer, seed: int, split: Split) -> None:
-        self.packer = packer
-        self.seed = seed
-        self.held_out = split == "held out"
+    def __init__(self, packer: Packer, seed: int, weights: Callable[[], Mapping[str, float]], *, test: bool) -> None:
+        self.packer, self.seed, self.weights, self.test = packer, seed, weights, test
 
-    def rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, int(self.held_out), index))
+    def __call__(self, index: int, kind: str | None = None) -> Batch:
+        """Batch `index`, of a medium by the tasks' weights or of the given one."""
+        rng = np.random.default_rng((self.seed, int(self.test), index))
+        weights = self.weights()
+        if kind is None:
+            # A batch of a medium with several tasks teaches them all: it need not come as often as they together.
+            shares = {medium: sum(weights[task] for task in tasks_about(medium)) ** 0.5 for medium in MEDIA}
+            kind = _choose(rng, {**shares, PAGE: weights[PAGE]})
+        if kind == PAGE:
+            groups, trees = self._pages(rng), []
+        else:
+            groups, trees = self._media(rng, kind, weights)
+        text = {task: weights[task] for task in (*tasks_about(None), "chat")}
+        trees += [self.packer.tree([], self._conversations(rng, None, text)) for _ in range(TEXT_TREES)]
+        return self.packer.batch(kind, groups, trees)
 
-    def __call__(self, kind: Kind, index: int) -> Batch:
-        rng = self.rng(index)
-        if kind == "picture":
-            return self.pictures(rng)
-        if kind == "page":
-            return self.pages(rng)
-        if kind == "pair":
-            return self.pairs(rng)
-        return self.clips(rng)
+    def _media(
+        self, rng: np.random.Generator, kind: str, weights: Mapping[str, float]
+    ) -> tuple[tuple[MediaGroup, ...], list[_Tree]]:
+        sizes = MEDIA[kind].sizes
+        size = sizes[int(rng.integers(len(sizes)))]
+        height, width = size[:2]
+        slices = size[2] // 2 if len(size) > 2 else 1 + (kind == "pair")
+        count = max(2, UNITS_PER_BATCH * 784 // (height * width * slices))
+        subjects = [draw_medium(kind, rng, size, test=self.test) for _ in range(count)]
+        shares = {task: weights[task] for task in tasks_about(kind)}
+        if kind in DESCRIBED:
+            shares["describe"] = weights["describe"]
+        trees = [self.packer.tree(_grids(subject), self._conversations(rng, subject, shares)) for subject in subjects]
+        if isinstance(subjects[0], Clip):
+            return (_clip_group([one for one in subjects if isinstance(one, Clip)]),), trees
+        return tuple(_picture_group(side) for side in zip(*subjects, strict=True)), trees  # type: ignore[arg-type]
 
-    def pictures(self, rng: np.random.Generator) -> Batch:
-        weights = np.asarray([(112 * 112 / (h * w)) ** 0.8 for h, w in PICTURE_SIZES])
-        height, width = PICTURE_SIZES[int(rng.choice(len(PICTURE_SIZES), p=weights / weights.sum()))]
-        count = UNITS_PER_BATCH * 784 // (height * width)
-        scenes = [self.picture(rng, height, width) for _ in range(count)]
-        grid = Grid(1, height // 14, width // 14)
-        trees = [self._grow(rng, [(grid, 0.0)], scene, PICTURE_TASKS) for scene in scenes]
-        trees.append(self.packer.tree([], [[chat(rng)] for _ in range(7)]))
-        return self.packer.batch("picture", (_picture_group(scenes),), trees)
-
-    def picture(self, rng: np.random.Generator, height: int, width: int) -> Scene:
-        return picture(rng, height, width, text_share=TEXT_SHARE, held_out=self.held_out)
-
-    def pages(self, rng: np.random.Generator) -> Batch:
-        """Pages for the dense targets only; the conversation beside them is small talk."""
+    def _pages(self, rng: np.random.Generator) -> tuple[MediaGroup, ...]:
         height, width = (int(28 * rng.integers(5, 9)) for _ in range(2))
-        scenes = [page(rng, height, width) for _ in range(UNITS_PER_OTHER_BATCH * 784 // (height * width))]
-        small_talk = [self.packer.tree([], [[chat(rng)] for _ in range(4)]) for _ in range(2)]
-        return self.packer.batch("page", (_picture_group(scenes),), small_talk)
+        return (_picture_group([page(rng, height, width) for _ in range(UNITS_PER_BATCH * 784 // (height * width))]),)
 
-    def pairs(self, rng: np.random.Generator) -> Batch:
-        sizes = [PAIR_SIZES[int(rng.integers(len(PAIR_SIZES)))] for _ in range(2)]
-        count = UNITS_PER_OTHER_BATCH * 784 // sum(h * w for h, w in sizes) * 2 // 3
-        sides = [[self.picture(rng, h, w) for _ in range(count)] for h, w in sizes]
-        media = [(Grid(1, h // 14, w // 14), 0.0) for h, w in sizes]
-        trees = [self._grow(rng, media, (a, b), PAIR_TASKS) for a, b in zip(*sides, strict=True)]
-        return self.packer.batch("pair", tuple(_picture_group(side) for side in sides), trees)
+    def _conversations(
+        self, rng: np.random.Generator, subject: Subject | None, shares: Mapping[str, float]
+    ) -> list[list[Turn]]:
+        """Different questions about the subject, each a conversation of its own, until the tree is full or they repeat."""
+        turns: dict[str, Turn] = {}
+        room, tries = BRANCH_TOKENS, 24
+        while room > 0 and tries > 0:
+            tries -= 1
+            turn = self._turn(rng, subject, _choose(rng, shares))
+            if turn is None:
+                continue
+            key = turn.task if turn.task == "describe" else turn.question  # one description is enough
+            if key not in turns:
+                turns[key] = turn
+                room -= len(self.packer.encode(turn.question + turn.answer)) + 6
+        return [[turn] for turn in turns.values()]
 
-    def clips(self, rng: np.random.Generator) -> Batch:
-        height, width = CLIP_SIZES[int(rng.integers(len(CLIP_SIZES)))]
-        num_frames = int(rng.choice([4, 6]))
-        count = max(2, UNITS_PER_OTHER_BATCH * 784 // (height * width * num_frames // 2))
-        clips = [clip(rng, height, width, num_frames, held_out=self.held_out) for _ in range(count)]
-        trees = []
-        for one in clips:
-            grid = Grid(num_frames // 2, height // 14, width // 14)
-            trees.append(self._grow(rng, [(grid, one.second_per_grid)], one, CLIP_TASKS))
-        return self.packer.batch("clip", (_clip_group(clips),), trees)
+    def _turn(self, rng: np.random.Generator, subject: Subject | None, task: str) -> Turn | None:
+        if task == "chat":
+            return chat(rng)
+        if task == "describe":
+            return None if subject is None else describe(rng, subject)
+        return ask(task, rng, subject, test=self.test)
 
-    def _grow(self, rng: np.random.Generator, media: list[tuple[Grid, float]], subject: object, tasks: tuple) -> _Tree:  # type: ignore[type-arg]
-        """Conversations about the subject, mostly of one turn, until the tree is full; one tree in twenty asks before it shows."""
-        if rng.random() < 0.05:
-            turn = ask_about(rng, subject, tasks)
-            return self.packer.tree(media, [[turn]], before=turn.question)
-        conversations: list[list[Turn]] = []
-        room = BRANCH_TOKENS
-        while room > 0:
-            turns = [ask_about(rng, subject, tasks) for _ in range(int(rng.choice([1, 2, 3], p=[0.8, 0.12, 0.08])))]
-            conversations.append(turns)
-            room -= sum(
-                8 + (len(turn.question) + len(turn.answer)) // (2 if turn.task == "box" else 4) for turn in turns
-            )
-        return self.packer.tree(media, conversations)
+
+def _choose(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
+    values = np.asarray(list(shares.values()))
+    return list(shares)[int(rng.choice(len(values), p=values / values.sum()))]
+
+
+def _grids(subject: Subject) -> list[tuple[Grid, float]]:
+    if isinstance(subject, Clip):
+        frames, height, width = subject.frames.shape[:3]
+        return [(Grid(frames // 2, height // 14, width // 14), 1.0)]
+    return [(Grid(1, scene.pixels.shape[0] // 14, scene.pixels.shape[1] // 14), 0.0) for scene in subject]
 
 
 def _picture_group(scenes: Sequence[Scene]) -> MediaGroup:
     frames = (
         torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2).unsqueeze(1).contiguous()
     )
-    return MediaGroup(frames, 1, dense_targets([scene.items for scene in scenes], *frames.shape[-2:]))
+    return MediaGroup(frames, 1, dense_targets([scene.things for scene in scenes], *frames.shape[-2:]))
 
 
 def _clip_group(clips: Sequence[Clip]) -> MediaGroup:
     frames = torch.from_numpy(np.concatenate([one.frames for one in clips])).permute(0, 3, 1, 2)
     frames = frames.unflatten(0, (-1, 2)).contiguous()
-    shown = [items for one in clips for items in one.items[1::2]]  # a slice is judged by its second frame
-    return MediaGroup(frames, len(clips[0].items) // 2, dense_targets(shown, *frames.shape[-2:]))
+    shown = [things for one in clips for things in one.things[1::2]]  # a slice is judged by its second frame
+    return MediaGroup(frames, len(clips[0].things) // 2, dense_targets(shown, *frames.shape[-2:]))
 
 
-OTHERS: tuple[Kind, ...] = ("picture", "clip", "page", "picture", "pair", "clip", "picture", "page", "clip", "pair")
-
-
-def training_batches(source: BatchSource, first_step: int, rank: int) -> Iterator[Batch]:
-    """One of a step's two batches: rank 0 gets pictures every time, rank 1 the other kinds in turn."""
+def training_batches(source: BatchSource, first_step: int, rank: int, workers: int) -> Iterator[Batch]:
+    """A worker's batch of every step."""
     step = first_step
     while True:
-        yield source(OTHERS[step % len(OTHERS)] if rank else "picture", 2 * step + rank)
+        yield source(workers * step + rank)
         step += 1

@@ -1,4 +1,4 @@
-"""Writes a trained run as a checkpoint folder in the published layout: python -m tools.train_demo.export --run runs/demo
+"""Writes a trained run as a checkpoint folder in the published layout: python -m tools.train_demo.export --run runs/nano
 
 Knows the files of a published Qwen2.5-VL checkpoint; knows nothing of training beyond where the weights lie.
 """
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from saccade.checkpoints.presets import config_json, generation_config_json, preprocessor_config_json
 from saccade.checkpoints.stand_in import CHAT_TEMPLATE
 from tools.train_demo.tokenizer import NOT_SPECIAL, SPECIAL
-from tools.train_demo.train import demo_config
+from tools.train_demo.train import SIZES, demo_config
 
 
 def tokenizer_config_json(tokenizer: Tokenizer) -> dict[str, object]:
@@ -49,10 +49,10 @@ def tokenizer_config_json(tokenizer: Tokenizer) -> dict[str, object]:
     }
 
 
-def export(run: Path, to: Path) -> None:
+def export(run: Path, to: Path, size: str) -> None:
     """Weights of RUN/checkpoint.pt in bfloat16 and everything that belongs beside them."""
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
-    config = demo_config(tokenizer)
+    config = demo_config(tokenizer, size)
     weights = torch.load(run / "checkpoint.pt", weights_only=True)["network"]
     to.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
@@ -71,10 +71,11 @@ def export(run: Path, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--to", type=Path, default=Path("saccade/demo/model"))
+    parser.add_argument("--size", choices=SIZES, default="nano")
     arguments = parser.parse_args()
-    export(arguments.run, arguments.to)
+    export(arguments.run, arguments.to, arguments.size)
     size = sum(file.stat().st_size for file in arguments.to.iterdir())
     print(f"{arguments.to}: {size / 1e6:.1f} MB")
 

@@ -1,4 +1,4 @@
-"""Draws a run's losses: python -m tools.train_demo.plot --run runs/demo --to docs/demo-model-loss.png
+"""Draws a run's losses: python -m tools.train_demo.plot --run runs/nano --to docs/demo-model-loss.png
 
 Knows log.jsonl; knows nothing else.
 """
@@ -15,17 +15,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LINES = {
-    "answer picture": "answers, one picture",
+    "answer shapes": "answers, shapes",
+    "answer number": "answers, a number",
+    "answer table": "answers, a table",
     "answer pair": "answers, two pictures",
-    "answer clip": "answers, clip",
+    "answer appearing": "answers, a clip",
     "characters page": "characters (throw-away head)",
-    "kind picture": "kinds (throw-away head)",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--to", type=Path, default=Path("docs/demo-model-loss.png"))
     arguments = parser.parse_args()
     entries = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]

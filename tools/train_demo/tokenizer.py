@@ -1,18 +1,19 @@
 """A small tokenizer in Qwen2's form: the same cutting pattern and added tokens, a vocabulary of our own text.
 
-Knows tokenizer.json and what the demo model will be asked; knows no pictures' pixels beyond drawing scenes to ask about.
+Knows tokenizer.json and what the demo model will be asked; knows no pictures beyond drawing what is asked about.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from saccade.checkpoints.stand_in import ADDED_TOKENS, NUM_SPECIAL_TOKENS, PIECES
-from tools.train_demo.scenes import clip, picture
-from tools.train_demo.tasks import CLIP_TASKS, PAIR_TASKS, PICTURE_TASKS, ask_about, chat
+from saccade.evals.tasks import TASKS, draw
+from tools.train_demo.talk import chat
 
 SPECIAL = tuple(ADDED_TOKENS[:NUM_SPECIAL_TOKENS])
 NOT_SPECIAL = tuple(ADDED_TOKENS[NUM_SPECIAL_TOKENS:])  # added tokens that survive "skip special tokens"
@@ -28,24 +29,20 @@ left side looks different from the right side. Give me a list of all the objects
 """
 
 
-def corpus(seed: int, num_scenes: int) -> Iterator[str]:
-    """Questions and answers about random scenes, each drawn text replaced by a dash so that letters stay single tokens."""
-    rng = np.random.default_rng((seed, 0xC0))
+def corpus(seed: int, num_items: int) -> Iterator[str]:
+    """Questions and answers of every task, with dashes for what is drawn, so that digits and capitals stay single tokens."""
     yield from ENGLISH.strip().split("\n") * 4
-    yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * num_scenes
-    for _ in range(num_scenes):
-        scenes = picture(rng, 112, 112), picture(rng, 112, 112)
-        turns = [ask_about(rng, scenes[0], PICTURE_TASKS) for _ in range(5)]
-        turns += [ask_about(rng, scenes, PAIR_TASKS), ask_about(rng, clip(rng, 56, 56, 6), CLIP_TASKS), chat(rng)]
-        drawn = [item.text for scene in scenes for item in scene.items if item.text]
-        for turn in turns:
-            for text in (turn.question, turn.answer):
-                for string in drawn:
-                    text = text.replace(string, "-")
-                yield text
+    yield from ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * num_items
+    rng = np.random.default_rng((seed, 0xC0))
+    for index in range(num_items):
+        for task in TASKS:
+            item = draw(task, "train", seed, index)
+            yield from (re.sub(r"\b[A-Z]{3}\b", "-", text) for text in (item.question, item.answer))
+        turn = chat(rng)
+        yield from (turn.question, turn.answer)
 
 
-def build(seed: int = 0, num_scenes: int = 1500) -> Tokenizer:
+def build(seed: int = 0, num_items: int = 200) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -59,7 +56,7 @@ def build(seed: int = 0, num_scenes: int = 1500) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_ORDINARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(corpus(seed, num_scenes), trainer)
+    tokenizer.train_from_iterator(corpus(seed, num_items), trainer)
     added = [AddedToken(t, special=True, normalized=False) for t in SPECIAL]
     added += [AddedToken(t, special=False, normalized=False) for t in NOT_SPECIAL]
     tokenizer.add_tokens(added)

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
 from saccade.kernels import reference
@@ -22,8 +23,6 @@ class Attention(ctypes.Structure):
         ("q", c_void_p),
         ("k", c_void_p),
         ("v", c_void_p),
-        ("k_scale", c_void_p),
-        ("v_scale", c_void_p),
         ("out", c_void_p),
         ("query_lengths", c_void_p),
         ("context_lengths", c_void_p),
@@ -40,6 +39,7 @@ class Attention(ctypes.Structure):
         ("scale", c_float),
         ("causal", c_int32),
         ("dtype", c_int32),
+        ("is_int8", c_int32),
     )
 
 
@@ -64,13 +64,16 @@ def attention_paged(library: Library) -> AttentionPaged:
     call = _function(library)
 
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
-        if not are_ours(q, k_cache, v_cache) or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        is_int8 = k_cache.dtype == torch.int8
+        known = are_ours(q) if is_int8 else are_ours(q, k_cache, v_cache)
+        if not (known and k_cache.is_contiguous() and v_cache.is_contiguous()):
             return reference.attention_paged(q, k_cache, v_cache, layout, scale)
         q, tables = heads_together(q), layout.block_tables.contiguous()
         queries, contexts = int64s(layout.query_lengths), int64s(layout.context_lengths)
         op = _attention(q, k_cache, v_cache, queries, contexts, scale)
         op.block_tables, op.table_width, op.block_size = tables.data_ptr(), tables.shape[1], k_cache.shape[1]
         op.k_stride, op.v_stride, op.causal = k_cache.stride(1), v_cache.stride(1), True
+        op.is_int8 = is_int8
         return call(op, q)
 
     return run

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
 from saccade.kernels.cpu_attention import int64s
 from saccade.kernels.cpu_linear import DTYPES, Layer, describe
 from saccade.kernels.library import Library
-from saccade.kernels.record import DecoderStep, DecoderWeights, PagedLayout, PlanDecoder
+from saccade.kernels.record import KV_SCALE_BYTES, DecoderStep, DecoderWeights, PagedLayout, PlanDecoder
 from saccade.schemes.scheme import Weight
 
 
@@ -38,6 +39,7 @@ class Decoder(ctypes.Structure):
         ("block_size", c_int64),
         ("eps", c_float),
         ("dtype", c_int32),
+        ("has_int8_cache", c_int32),
     )
 
 
@@ -67,7 +69,12 @@ def plan_decoder(library: Library) -> PlanDecoder:
 
     def plan(weights: DecoderWeights, cache: Tensor) -> DecoderStep | None:
         dtype = weights.gain.dtype
-        if cache.device.type != "cpu" or dtype not in DTYPES or cache.dtype != dtype or not cache.is_contiguous():
+        if (
+            cache.device.type != "cpu"
+            or dtype not in DTYPES
+            or cache.dtype not in (dtype, torch.int8)
+            or not cache.is_contiguous()
+        ):
             return None
         linears: list[Layer] = []
 
@@ -88,7 +95,9 @@ def plan_decoder(library: Library) -> PlanDecoder:
         except LookupError:
             return None
         first = weights.layers[0]
-        heads, kv_heads, head_dim = weights.num_heads, *cache.shape[-2:]
+        heads, kv_heads, row = weights.num_heads, *cache.shape[-2:]
+        has_int8_cache = cache.dtype == torch.int8
+        head_dim = row - (KV_SCALE_BYTES if has_int8_cache else 0)
         intermediate_size = first.down.in_features
         decoder = Decoder(
             layers=ctypes.addressof(layers),
@@ -102,6 +111,7 @@ def plan_decoder(library: Library) -> PlanDecoder:
             block_size=cache.shape[3],
             eps=weights.eps,
             dtype=DTYPES[dtype],
+            has_int8_cache=has_int8_cache,
         )
         width = 2 * len(weights.gain) + max((2 * heads + 2 * kv_heads) * head_dim, 3 * intermediate_size)
         kept = (weights, cache, linears, layers)  # what the addresses point to

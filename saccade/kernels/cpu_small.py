@@ -52,7 +52,6 @@ class Rotation(ctypes.Structure):
         ("y", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        ("slots", c_void_p),
         ("rows", c_int64),
         ("heads", c_int64),
         ("head_dim", c_int64),
@@ -70,8 +69,11 @@ class Storing(ctypes.Structure):
         ("cache", c_void_p),
         ("slots", c_void_p),
         ("rows", c_int64),
-        ("row_bytes", c_int64),
-        ("x_stride_bytes", c_int64),
+        ("heads", c_int64),
+        ("head_dim", c_int64),
+        ("x_stride", c_int64),
+        ("dtype", c_int32),
+        ("is_int8", c_int32),
     )
 
 
@@ -132,7 +134,7 @@ def rope(library: Library) -> Rope:
         y = x.new_empty(x.shape)
         rows, heads, head_dim = x.shape
         strides = (x.stride(0), heads * head_dim)
-        pointers = (x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), None)
+        pointers = (x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr())
         call(ctypes.byref(Rotation(*pointers, rows, heads, head_dim, *strides, DTYPES[x.dtype])))
         return y
 
@@ -151,15 +153,11 @@ def store_kv(library: Library) -> StoreKv:
 
     def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
         x = heads_together(x)
-        size = x.element_size()
-        row_bytes = x.shape[1] * x.shape[2] * size
         pointers = (x.data_ptr(), cache.data_ptr(), slots.data_ptr())
-        call(ctypes.byref(Storing(*pointers, x.shape[0], row_bytes, x.stride(0) * size)))
+        op = Storing(*pointers, *x.shape, x.stride(0), DTYPES[x.dtype], cache.dtype == torch.int8)
+        call(ctypes.byref(op))
 
     def run(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
-        if k_cache.dtype == torch.int8:
-            reference.store_kv(k, v, k_cache, v_cache, layout)
-            return
         slots = layout.slots.contiguous()
         store(k, k_cache, slots)
         store(v, v_cache, slots)

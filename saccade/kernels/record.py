@@ -150,8 +150,8 @@ class DecoderStep(Protocol):
 
 class PlanDecoder(Protocol):
     def __call__(self, weights: DecoderWeights, cache: Tensor) -> DecoderStep | None:
-        """cache: [layers, 2, blocks, block_size, K, D]. The step over these numbers, which stay where they are; None where
-        the back end would rather be called op by op."""
+        """cache: [layers, 2, blocks, block_size, K, D], or int8 as StoreKv says. The step over these numbers, which stay
+        where they are; None where the back end would rather be called op by op."""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,15 @@ WITH_LOGPROBS = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, lo
 Open = Callable[..., LLM]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_one_call_has_the_bits_of_the_ops_one_by_one(tiny_checkpoint: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cache"), [("float32", "auto"), ("bfloat16", "auto"), ("float16", "int8"), ("bfloat16", "int8")]
+)
+def test_one_call_has_the_bits_of_the_ops_one_by_one(tiny_checkpoint: Path, dtype: str, cache: str) -> None:
     """Prompts in chunks, decoding together: tokens and log probabilities are equal."""
     answers = []
     for one_by_one in (False, True):
         options: dict[str, Any] = {"max_tokens_per_step": 40, "kv_cache_tokens": 4096, "quantization": "w8a8-dynamic"}
+        options["kv_cache_dtype"] = cache
         llm = LLM(tiny_checkpoint, device="cpu", dtype=dtype, **options)
         assert llm.engine.runner.decoder_step is not None
         if one_by_one:

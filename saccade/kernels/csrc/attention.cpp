@@ -218,8 +218,9 @@ struct Kept {
     if (!op.block_tables) return first_token + key;
     return op.block_tables[sequence * op.table_width + key / op.block_size] * op.block_size + key % op.block_size;
   }
-  const C* key(int64_t slot) const { return static_cast<const C*>(op.k) + slot * op.k_stride + head * op.head_dim; }
-  const C* value(int64_t slot) const { return static_cast<const C*>(op.v) + slot * op.v_stride + head * op.head_dim; }
+  const C* key(int64_t slot) const { return static_cast<const C*>(op.k) + slot * op.k_stride + head * size(); }
+  const C* value(int64_t slot) const { return static_cast<const C*>(op.v) + slot * op.v_stride + head * size(); }
+  int64_t size() const { return op.head_dim + (std::is_same_v<C, int8_t> ? sizeof(float) : 0); }
 };
 
 // A thread's buffers for one job, one after the other in its memory.
@@ -275,9 +276,10 @@ void pack(const Kept<C>& kept, int64_t first, int64_t count, Buffers<T>& buffers
 
     if constexpr (std::is_same_v<C, int8_t>)
       for (int64_t i = 0; i < PANEL; ++i) {
-        const int64_t at = i < present ? slots[i] * kept.op.num_kv_heads + kept.head : 0;
-        buffers.key_scale[base + i] = i < present ? kept.op.k_scale[at] : 0;
-        buffers.value_scale[base + i] = i < present ? kept.op.v_scale[at] : 0;
+        buffers.key_scale[base + i] = buffers.value_scale[base + i] = 1;  // scores beyond the last are -infinity: 0 would make NaN
+        if (i >= present) continue;
+        memcpy(buffers.key_scale + base + i, kept.key(slots[i]) + head_dim, sizeof(float));
+        memcpy(buffers.value_scale + base + i, kept.value(slots[i]) + head_dim, sizeof(float));
       }
   }
 }
@@ -493,7 +495,7 @@ void attend_all(const SaccadeAttention& op) {
 
 template <class T, class X>
 void attend_kept(const SaccadeAttention& op) {
-  if (op.k_scale) return attend_all<T, X, int8_t>(op);
+  if (op.is_int8) return attend_all<T, X, int8_t>(op);
   attend_all<T, X, X>(op);
 }
 

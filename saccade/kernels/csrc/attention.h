@@ -12,10 +12,8 @@ extern "C" {
 // next; the heads of a token lie one after the other.
 struct SaccadeAttention {
   const void* q;  // [T, N, D] of dtype
-  const void* k;  // [tokens or slots, K, D] of dtype, or int8 where there are scales
+  const void* k;  // [tokens or slots, K, D] of dtype; int8: [slots, K, D + 4], the scale's four bytes last
   const void* v;
-  const float* k_scale;  // [slots, K] or null
-  const float* v_scale;
   void* out;                       // [T, N, D] of dtype, without gaps
   const int64_t* query_lengths;    // [num_sequences]
   const int64_t* context_lengths;  // [num_sequences]
@@ -28,6 +26,7 @@ struct SaccadeAttention {
   float scale;
   int32_t causal;
   int32_t dtype;
+  int32_t is_int8;  // what k and v are
 };
 }
 

@@ -27,17 +27,25 @@ struct Run {
     SACCADE_CALL(linear)({*layer, x, layer->in_features, y, step.num_tokens});
   }
 
+  void keep(const void* x, void* cache) const {
+    const int64_t stride = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim;
+    SACCADE_CALL(store_rows)
+    ({x, cache, step.slots, step.num_tokens, decoder.num_kv_heads, decoder.head_dim, stride, decoder.dtype,
+      decoder.has_int8_cache});
+  }
+
   void attend(const SaccadeDecoderLayer& layer) const {
     const int64_t heads = decoder.num_heads, kv_heads = decoder.num_kv_heads, head_dim = decoder.head_dim;
-    const int64_t stride = (heads + 2 * kv_heads) * head_dim, kept = kv_heads * head_dim;
-    char *q = wide, *k = q + heads * head_dim * size, *v = k + kept * size;
+    const int64_t stride = (heads + 2 * kv_heads) * head_dim;
+    char *q = wide, *k = q + heads * head_dim * size, *v = k + kv_heads * head_dim * size;
     char* attended = wide + step.num_tokens * stride * size;
     linear(layer.qkv, branch, q);
     SACCADE_CALL(rope)
-    ({q, q, step.cos, step.sin, nullptr, step.num_tokens, heads, head_dim, stride, stride, decoder.dtype});
+    ({q, q, step.cos, step.sin, step.num_tokens, heads, head_dim, stride, stride, decoder.dtype});
     SACCADE_CALL(rope)
-    ({k, layer.k_cache, step.cos, step.sin, step.slots, step.num_tokens, kv_heads, head_dim, stride, kept, decoder.dtype});
-    SACCADE_CALL(store_rows)({v, layer.v_cache, step.slots, step.num_tokens, kept * size, stride * size});
+    ({k, k, step.cos, step.sin, step.num_tokens, kv_heads, head_dim, stride, stride, decoder.dtype});
+    keep(k, layer.k_cache);
+    keep(v, layer.v_cache);
     SaccadeAttention op = {};
     op.q = q;
     op.k = layer.k_cache;
@@ -50,13 +58,14 @@ struct Run {
     op.block_size = decoder.block_size;
     op.num_sequences = step.num_sequences;
     op.q_stride = stride;
-    op.k_stride = op.v_stride = kept;
+    op.k_stride = op.v_stride = kv_heads * (head_dim + (decoder.has_int8_cache ? 4 : 0));
     op.num_heads = heads;
     op.num_kv_heads = kv_heads;
     op.head_dim = head_dim;
     op.scale = static_cast<float>(1.0 / sqrt(static_cast<double>(head_dim)));
     op.causal = 1;
     op.dtype = decoder.dtype;
+    op.is_int8 = decoder.has_int8_cache;
     SACCADE_CALL(attention)(op);
     linear(layer.output, attended, branch);
   }

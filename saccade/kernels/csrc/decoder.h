@@ -15,7 +15,7 @@ struct SaccadeDecoderLayer {
   const SaccadeLinear* output;
   const SaccadeLinear* gate_up;
   const SaccadeLinear* down;
-  void* k_cache;  // [slots, K, D]
+  void* k_cache;  // [slots, K, D], int8 [slots, K, D + 4]
   void* v_cache;
 };
 
@@ -28,6 +28,7 @@ struct SaccadeDecoder {
   int64_t block_size;
   float eps;
   int32_t dtype;
+  int32_t has_int8_cache;
 };
 
 struct SaccadeStep {

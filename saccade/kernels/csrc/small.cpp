@@ -9,6 +9,9 @@ namespace {
 
 constexpr int64_t PIECE = 16384;  // values a thread takes at once; fewer are not worth waking one
 
+constexpr float TINY = 1.17549435e-38f;
+constexpr float HALF_EVEN = 12582912.0f;  // 1.5 * 2^23: added and taken off again, it leaves whole numbers, halves to even
+
 // function(row) for every row of `columns` values.
 template <class Function>
 void each_row(int64_t rows, int64_t columns, Function&& function) {
@@ -94,7 +97,7 @@ void rotate_row(const SaccadeRope& op, int64_t row) {
   const float *cos = op.cos + row * half, *sin = op.sin + row * half;
   for (int64_t head = 0; head < op.heads; ++head) {
     const T* x = static_cast<const T*>(op.x) + row * op.x_stride + head * op.head_dim;
-    T* y = static_cast<T*>(op.y) + (op.slots ? op.slots[row] : row) * op.y_stride + head * op.head_dim;
+    T* y = static_cast<T*>(op.y) + row * op.y_stride + head * op.head_dim;
     each_vector(half, [&](int64_t i, auto whole) {
       const int64_t count = half - i;
       const Floats low = take(x + i, count, whole), high = take(x + half + i, count, whole);
@@ -103,6 +106,39 @@ void rotate_row(const SaccadeRope& op, int64_t row) {
       put(y + half + i, high * c + low * s, count, whole);
     });
   }
+}
+
+// A head's values as whole numbers of a 127th of the largest, and that 127th behind them.
+template <class T>
+void quantize_head(const T* x, int64_t count, int8_t* out) {
+  Floats top = {};
+  each_vector(count, [&](int64_t i, auto whole) {
+    const Floats v = take(x + i, count - i, whole);
+    top = larger(v < splat(0.0f) ? -v : v, top);
+  });
+  float scale = largest(top) / 127.0f;
+  scale = scale < TINY ? TINY : scale;
+  each_vector(count, [&](int64_t i, auto whole) {
+    const Floats steps = take(x + i, count - i, whole) / splat(scale);
+    const Floats rounded = (steps + splat(HALF_EVEN)) - splat(HALF_EVEN);
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(rounded, Ints), Bytes);
+    memcpy(out + i, &bytes, whole ? LANES : count - i);
+  });
+  memcpy(out + count, &scale, sizeof scale);
+}
+
+template <class T>
+void store_row(const SaccadeStore& op, int64_t row) {
+  const T* x = static_cast<const T*>(op.x) + row * op.x_stride;
+  const int64_t columns = op.heads * op.head_dim;
+  if (!op.is_int8) {
+    memcpy(static_cast<T*>(op.cache) + op.slots[row] * columns, x, columns * sizeof(T));
+    return;
+  }
+  const int64_t size = op.head_dim + sizeof(float);
+  int8_t* out = static_cast<int8_t*>(op.cache) + op.slots[row] * op.heads * size;
+  for (int64_t head = 0; head < op.heads; ++head)
+    quantize_head(x + head * op.head_dim, op.head_dim, out + head * size);
 }
 
 // function(zero) with a zero of the type that dtype stands for.
@@ -136,9 +172,8 @@ void rope(const SaccadeRope& op) {
 }
 
 void store_rows(const SaccadeStore& op) {
-  each_row(op.rows, op.row_bytes, [&](int64_t row) {
-    memcpy(static_cast<char*>(op.cache) + op.slots[row] * op.row_bytes,
-           static_cast<const char*>(op.x) + row * op.x_stride_bytes, op.row_bytes);
+  with_type(op.dtype, [&](auto zero) {
+    each_row(op.rows, op.heads * op.head_dim, [&](int64_t row) { store_row<decltype(zero)>(op, row); });
   });
 }
 

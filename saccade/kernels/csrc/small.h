@@ -35,7 +35,6 @@ struct SaccadeRope {
   const void* x;           // [T, heads, D]
   void* y;                 // [T, heads, D]; may be x
   const float *cos, *sin;  // [T, D / 2]
-  const int64_t* slots;    // null: row t of x becomes row t of y; else row slots[t]
   int64_t rows, heads, head_dim;
   int64_t x_stride, y_stride;
   int32_t dtype;
@@ -43,9 +42,12 @@ struct SaccadeRope {
 
 struct SaccadeStore {
   const void* x;         // [T, K, D]
-  void* cache;           // [slots, K, D]
+  void* cache;           // [slots, K, D]; int8: [slots, K, D + 4], see StoreKv
   const int64_t* slots;  // [T]
-  int64_t rows, row_bytes, x_stride_bytes;
+  int64_t rows, heads, head_dim;
+  int64_t x_stride;
+  int32_t dtype;    // of x
+  int32_t is_int8;  // what the cache is
 };
 }
 

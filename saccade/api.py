@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
 from saccade.base.ranks import Ranks, disconnect, launched_size
 from saccade.checkpoints.config import ModelConfig
-from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, open_checkpoint
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, linears, open_checkpoint
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
@@ -73,6 +73,7 @@ class Plan:
     kv_cache_bytes: int
     media_bytes: int  # prepared frames, patch rows and features
     activation_bytes: int  # of the widest layer for one step
+    notes: tuple[str, ...] = ()  # layers that are stored otherwise than asked for, and why
 
     @property
     def media(self) -> list[MediaReceipt]:
@@ -323,8 +324,22 @@ def plan(
         messages, defaults=media or MediaOptions(), limits=limits or MediaLimits()
     )
     max_tokens = (sampling_params or SamplingParams()).max_tokens
-    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), loading_scheme(chosen.quantization))
-    return plan_for(config, prompt, max_tokens, chosen, weights)
+    scheme = loading_scheme(chosen.quantization)
+    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), scheme)
+    return replace(plan_for(config, prompt, max_tokens, chosen, weights), notes=tuple(stand_ins(config, scheme)))
+
+
+def stand_ins(config: ModelConfig, scheme: Scheme) -> Iterator[str]:
+    """The layers that cannot be quantized to `scheme` while loading, and what they are quantized to: a line for each width."""
+    counts: dict[int, int] = {}
+    for module, (_, num_columns) in linears(config).items():
+        if f"{module}.weight" != HEAD and fitting(scheme, num_columns) != scheme:
+            counts[num_columns] = counts.get(num_columns, 0) + 1
+    for num_columns, count in counts.items():
+        yield (
+            f"{count} layers of {num_columns} columns become {fitting(scheme, num_columns).name}: groups of "
+            f"{scheme.group_size} do not divide them"
+        )
 
 
 def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions, weights: int) -> Plan:

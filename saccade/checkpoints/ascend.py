@@ -59,6 +59,10 @@ class Description:
     def format_name(self) -> str:
         return {"vllm": "vLLM Ascend", "mindie": "MindIE"}[self.dialect]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def tag(self, module: str) -> str:
         """How the weight of `module` is stored; what the file does not list is float."""
         return self.tags.get(f"{module}.weight", FLOAT)

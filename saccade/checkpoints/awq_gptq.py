@@ -39,6 +39,7 @@ class Config:
     zero_offset: int  # what is added to a stored zero point
     modules: frozenset[str]
     source: str = "quantization_config of config.json"
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:

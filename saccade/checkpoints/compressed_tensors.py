@@ -94,6 +94,7 @@ class Config:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     has_integer_scales: bool
+    notes: tuple[str, ...] = ()
     source: str = "quantization_config of config.json"
     _found: dict[str, Group | None] = field(default_factory=dict, compare=False, repr=False)
 
@@ -217,7 +218,17 @@ def parse(config: Mapping[str, Any]) -> Config:
         tuple(_parse_group(name, group, default, where) for name, group in groups.items()),
         tuple(ignore),
         config.get(_INTEGER_SCALES) is True,
+        tuple(_notes(config, groups)),
     )
+
+
+def _notes(config: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("kv_cache_scheme") is not None:
+        yield "kv_cache_scheme is not followed: Saccade's int8 cache (--kv-cache-dtype int8) measures each token"
+    for name, group in groups.items():
+        inputs = group.get("input_activations") or {}
+        if inputs.get("type") == "float" and not inputs.get("dynamic"):
+            yield f"{printable(name)} has a stored range for fp8 activations; each token's own is taken, which is finer"
 
 
 def _parse_group(name: str, group: Any, default_format: Any, where: str) -> Group:
@@ -400,7 +411,7 @@ def _read_zero(tensors: Tensors, module: str, num_rows: int, bits: int) -> Tenso
         return torch.zeros(num_rows, 1, dtype=torch.int8)
     zero = tensors.tensor(name)
     if zero.dtype == torch.int32 and bits == 4:
-        octets = zero.t().contiguous().view(torch.uint8)
+        octets = zero.t().clone(memory_format=torch.contiguous_format).view(torch.uint8)
         return (
             torch.stack([octets & 15, octets >> 4], dim=2).flatten(1)[:, :num_rows].t().to(torch.int8) - 8
         ).contiguous()

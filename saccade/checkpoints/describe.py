@@ -21,6 +21,7 @@ from saccade.checkpoints.formats import (
     find_problems,
     find_strangers,
     foreign_quantization,
+    linears,
     open_unverified,
     require_tokenizer,
 )
@@ -49,6 +50,7 @@ class Description:
     num_shards: int
     layout: str
     quantization: str | None
+    schemes: Mapping[str, int]  # of a quantized checkpoint: number of linears by the scheme's name
     problems: tuple[str, ...]  # each keeps the checkpoint from being run
     notes: tuple[str, ...]  # harmless
 
@@ -89,6 +91,9 @@ class Description:
             + (", head tied to the embedding" if text.tie_word_embeddings else ""),
             f"quantization    {self.quantization or 'none'}",
         ]
+        if self.schemes:
+            counts = ", ".join(f"{count} {name}" for name, count in self.schemes.items())
+            lines.append(f"linear layers   {counts}")
         for part in self.parts:
             lines.append(f"  {part.name:<18}{part.parameters:>16,} parameters  {_gigabytes(part.size_bytes):>10}")
         eos = ", ".join(map(str, generation.eos_token_ids))
@@ -114,11 +119,17 @@ def describe(folder: Path) -> Description:
     quantization: str | None = None
     problems: list[str] = []
     notes: list[str] = []
+    schemes: dict[str, int] = {}
     checkpoint = None
     try:
         checkpoint = open_unverified(folder)
         quantization = checkpoint.quantization
         problems += find_problems(checkpoint)
+        if checkpoint.stored is not None and not problems:
+            notes += checkpoint.stored.notes
+            for module in linears(config):
+                name = checkpoint.scheme(module).name
+                schemes[name] = schemes.get(name, 0) + 1
         if strangers := find_strangers(checkpoint):
             notes.append(f"{len(strangers)} tensors are not part of the model and ignored, {strangers[0]} for one")
     except CheckpointError as error:
@@ -141,6 +152,7 @@ def describe(folder: Path) -> Description:
         num_shards=0 if checkpoint is None else len(checkpoint.shards.files),
         layout="unread" if checkpoint is None else checkpoint.layout,
         quantization=quantization or foreign_quantization(config),
+        schemes=schemes,
         problems=tuple(problems),
         notes=tuple(notes),
     )

@@ -88,10 +88,10 @@ class Checkpoint:
         """How the checkpoint is quantized, in a few words; None when it is not."""
         if self.stored is None:
             return None
-        names = [name for name, shape in expected_tensors(self.config).items() if len(shape) == 2 and name != EMBEDDING]
-        count = sum(self.is_quantized(name.removesuffix(".weight")) for name in names)
+        modules = linears(self.config)
+        count = sum(self.is_quantized(module) for module in modules)
         return (
-            f"{self.stored.summary}, {count} of {len(names)} linear layers "
+            f"{self.stored.summary}, {count} of {len(modules)} linear layers "
             f"({self.stored.format_name} format, {self.stored.source})"
         )
 
@@ -290,6 +290,15 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not text.tie_word_embeddings:
         shapes[HEAD] = (text.vocab_size, text.hidden_size)
     return shapes
+
+
+def linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every linear of the model by module, with its rows and columns."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in expected_tensors(config).items()
+        if len(shape) == 2 and name != EMBEDDING
+    }
 
 
 def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,10 @@ class Stored(Protocol):
     def format_name(self) -> str:
         """The format, as people call it."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of it Saccade does otherwise, harmless: a line each."""
+
     def is_quantized(self, module: str) -> bool:
         """Whether the weight of `module` is not stored as a plain tensor."""
 

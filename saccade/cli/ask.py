@@ -166,6 +166,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "activations": plan.activation_bytes,
             "total": plan.total_bytes,
         },
+        "notes": list(plan.notes),
     }
 
 
@@ -176,6 +177,7 @@ def _plan_text(plan: Plan) -> str:
         f"memory  {gigabytes(plan.total_bytes)}: weights {gigabytes(plan.weight_bytes)}, cache {gigabytes(plan.kv_cache_bytes)}, "
         f"media {gigabytes(plan.media_bytes)}, one step {gigabytes(plan.activation_bytes)}"
     )
+    lines += [f"note    {note}" for note in plan.notes]
     return "\n".join(lines)
 
 

@@ -14,11 +14,11 @@ from saccade.base.errors import OptionError
 from saccade.schemes.packing import pack, unpack
 from saccade.schemes.scheme import W8A8, W8A16, Scheme, Static, Weight, fitting, scheme_of
 
-MAX_GROUP_SCALE = 17  # 7 * 17 = 119 fits int8
+MAX_GROUP_SCALE = 17  # of values from -7 to 7, and 16 from -8: int8 holds their products
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
 INT4_STEPS = (
-    119  # of the first stage; 119 = 7 * 17, so the second stage's 4-bit values times their group scale fit int8
+    120  # of a row's scale: 7.5 steps of a 16-fold group scale, whose lowest value, -8 times 16, still fits int8
 )
 
 
@@ -41,17 +41,19 @@ def quantize_rows_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_groups_int4(values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric in two stages: whole numbers up to 119 of a row's scale bound each group, whose scale is a 7th of its largest.
+    """Symmetric in two stages: a group's scale is the whole number of row scales nearest to a 7.5th of its largest magnitude.
 
-    values: [O, H]. Returns ([O, H] int8 from -7 to 7, scale [O] float32, group_scale [O, H/G] int8 from 1 to 17).
-    The group scale is rounded up: no value is clipped.
+    values: [O, H]. Returns ([O, H] int8 from -8 to 7, scale [O] float32, group_scale [O, H/G] int8 from 1 to 16).
+    A group's scale rounded down clips its largest numbers a little. Rounding it up clips none and loses 0.8 dB of
+    signal-to-noise on normal numbers, to nearest costs nothing against float scales (groups of 64 to 256).
     """
-    wide = values.float()
-    scale = (wide.abs().amax(dim=1) / INT4_STEPS).clamp_(min=TINY)
-    steps = (wide / scale[:, None]).round_().clamp_(-INT4_STEPS, INT4_STEPS).view(len(wide), -1, group_size)
-    scale, group_scale = settled_scales(scale, (steps.abs().amax(dim=2) / 7).ceil_().clamp_(min=1).to(torch.int8))
+    groups = values.float().view(len(values), -1, group_size)
+    largest = groups.abs().amax(dim=2)
+    scale = (largest.amax(dim=1) / INT4_STEPS).clamp_(min=TINY)
+    whole = (largest / (7.5 * scale[:, None])).round_().clamp_(1, 16).to(torch.int8)
+    scale, group_scale = settled_scales(scale, whole)
     step = join_group_scales(scale, group_scale)[:, :, None]
-    return (wide.view(steps.shape) / step).round_().clamp_(-7, 7).to(torch.int8).flatten(1), scale, group_scale
+    return (groups / step).round_().clamp_(-8, 7).to(torch.int8).flatten(1), scale, group_scale
 
 
 def quantize_groups_float(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

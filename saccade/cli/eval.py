@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 import time
@@ -70,9 +69,8 @@ def command(
     from saccade.evals.dataset import read_dataset
     from saccade.evals.report import render_html, render_markdown, render_text, worst
     from saccade.evals.run import evaluate
+    from saccade.evals.tasks import TASKS, draw
 
-    drawn = importlib.import_module("saccade.evals.tasks")
-    TASKS, draw = drawn.TASKS, drawn.draw
     if is_list:
         width = max(map(len, TASKS))
         print("\n".join(f"{name:<{width}}  {description}" for name, description in TASKS.items()))

@@ -11,7 +11,6 @@ Knows tensors by their published names; knows no schemes and no scores. Letters:
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from saccade.base.options import suggestion
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import Checkpoint, expected_tensors
 from saccade.checkpoints.shard_writer import ShardWriter
+from saccade.evals.tasks import TASKS, draw
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Prompt
@@ -477,10 +477,9 @@ def observe(checkpoint: Checkpoint, names: Sequence[str], *, from_norms: bool = 
 
 def _prompts(tokenizer: ChatTokenizer) -> Iterator[Prompt]:
     """Whole conversations of the training split, then random tokens after the token that begins all of them."""
-    tasks = importlib.import_module("saccade.evals.tasks")
-    for task in tasks.TASKS:
+    for task in TASKS:
         for index in range(ITEMS_SEEN):
-            item = tasks.draw(task, "train", SEED, index)
+            item = draw(task, "train", SEED, index)
             messages = [*item.messages, {"role": "assistant", "content": item.answer}]
             prompt = tokenizer.build(messages, add_generation_prompt=False)
             yield prompt

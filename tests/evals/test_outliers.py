@@ -18,8 +18,6 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.kernels.record import OPS
 from saccade.scoring import Divergence, join, score_answers, token_divergence
 
-pytest.importorskip("saccade.evals.tasks", reason="the tasks whose items injectors look at are not there")
-
 # What each may move the mean KL of float32 logits by; the others are exact to the bit.
 MOVES = {"first-token": 1e-9, "k-spikes": 1e-4}
 

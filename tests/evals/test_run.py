@@ -118,7 +118,6 @@ def test_text_of_an_answer_is_no_markup(items: list[Item]) -> None:
 def test_the_command_leads_with_the_result(run: Run, tmp_path: Path) -> None:  # noqa: F811
     dataset = Path(__file__).parents[2] / "docs" / "example.jsonl"
     out, answers = tmp_path / "out.json", tmp_path / "answers.jsonl"
-    pytest.importorskip("saccade.evals.tasks", reason="the command's tasks are not there")
     code, text, err = run(
         *("eval", "demo", "--dataset", str(dataset), "--against", "demo", "--quantization", "w8a16"),
         *("--json", str(out), "--answers", str(answers), "--html", str(tmp_path / "page.html")),
@@ -144,7 +143,6 @@ def test_the_command_leads_with_the_result(run: Run, tmp_path: Path) -> None:  #
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(run: Run, arguments: list[str], message: str) -> None:  # noqa: F811
-    pytest.importorskip("saccade.evals.tasks", reason="the command's tasks are not there")
     code, out, err = run("eval", "demo", *arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -17,7 +17,7 @@ from saccade.quantize.observers import Histogram
 
 Method = Literal["mse", "minmax", "histogram", "percentile", "auto"]
 METHODS = ("mse", "minmax", "histogram", "percentile", "auto")
-MAX_VALUES = 1 << 20  # that a search looks at
+MAX_VALUES = 1 << 18  # that a search looks at
 SHARES = tuple(1 - 0.05 * i for i in range(19))  # of the extremes, for the first round of `mse`
 NEIGHBOURS = 4  # bfloat16 numbers on either side among which a scale with a good reciprocal is looked for
 

@@ -37,7 +37,19 @@ SCHEMES = {
     "saccade w8a8": "w8a8-dynamic",
     "saccade w4a8": "w4a8-g128",
 }
-STAGES = ("vision", "prefill", "decode")
+COLUMNS = (
+    "system",
+    "vision",
+    "prefill",
+    "a token",
+    "read",
+    "of the limit",
+    "outside kernels",
+    "answer",
+    "peak memory",
+    "eight at once",
+    "rounds",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Record:
     total_s: float
     batch_tokens_per_s: float | None  # eight requests decoding together, without a picture
     token_bytes: int | None
+    outside_kernels: float | None  # share of a decoded token's time spent neither in the decoder's step nor in the head
     peak_memory_bytes: int
     bytes_per_s: float  # the fastest this machine read memory in this process
     load_average: float
@@ -114,9 +127,15 @@ def measure_saccade(quantization: str | None, threads: int, preset: str, tokens_
         return llm.chat(conversations, SamplingParams(max_tokens=count, min_tokens=count, temperature=0))
 
     answer(messages, 3)
+    runner, kernel_s = llm.engine.runner, [0.0]
+    if runner.decoder_step is not None:
+        runner.decoder_step = timed(runner.decoder_step, kernel_s)
+    runner.model.head = timed(runner.model.head, kernel_s)  # type: ignore[method-assign]
     start = time.perf_counter()
     output = answer(messages, tokens_out)[0]
     total_s = time.perf_counter() - start
+    decode_s = output.timings.decode_s
+    outside = 1 - sum(kernel_s[-2 * (tokens_out - 1) :]) / decode_s if runner.decoder_step is not None else None
     texts = [messages_for(f"Tell me about the number {number}.") for number in range(8)]
     together = answer(texts, 24)
     slowest = max(result.timings.decode_s for result in together)
@@ -130,11 +149,24 @@ def measure_saccade(quantization: str | None, threads: int, preset: str, tokens_
         "load_s": load_s,
         "vision_s": output.timings.vision_s,
         "prefill_s": output.timings.prefill_s,
-        "token_s": output.timings.decode_s / (tokens_out - 1),
+        "token_s": decode_s / (tokens_out - 1),
+        "outside_kernels": outside,
         "total_s": total_s,
         "batch_tokens_per_s": 8 * 23 / slowest,
         "token_bytes": size_bytes(model.language) + size_bytes(model.lm_head) * (head > 0) - head + cache,
     }
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The same function, whose every call leaves its seconds behind."""
+
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return call
 
 
 def measure_transformers(threads: int, preset: str, tokens_out: int) -> dict[str, Any]:
@@ -204,6 +236,7 @@ def measure_transformers(threads: int, preset: str, tokens_out: int) -> dict[str
         "total_s": total_s,
         "batch_tokens_per_s": None,
         "token_bytes": None,
+        "outside_kernels": None,
     }
 
 
@@ -262,24 +295,34 @@ def report(path: Path) -> None:
         "",
         "![Seconds of an answer by stage](performance.svg)",
         "",
-        "| system | vision | prefill | a token | read | of the limit | answer | peak memory | eight at once | rounds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
         rate = row.token_bytes / row.token_s if row.token_bytes else None
-        batch = f"{row.batch_tokens_per_s * row.token_s:.1f} x" if row.batch_tokens_per_s else ""
-        read_rate, share = (f"{rate / 1e9:.1f} GB/s", f"{rate / row.bytes_per_s:.0%}") if rate else ("", "")
-        lines.append(
-            f"| {row.system} | {row.vision_s:.1f} s | {row.prefill_s:.1f} s | {row.token_s * 1e3:.0f} ms | {read_rate} | {share} | "
-            f"{row.total_s:.1f} s | {row.peak_memory_bytes / 1e9:.1f} GB | {batch} | {rounds[row.system]} |"
-        )
+        cells = [
+            row.system,
+            f"{row.vision_s:.1f} s",
+            f"{row.prefill_s:.1f} s",
+            f"{row.token_s * 1e3:.0f} ms",
+            f"{rate / 1e9:.1f} GB/s" if rate else "",
+            f"{rate / row.bytes_per_s:.0%}" if rate else "",
+            "" if row.outside_kernels is None else f"{row.outside_kernels:.1%}",
+            f"{row.total_s:.1f} s",
+            f"{row.peak_memory_bytes / 1e9:.1f} GB",
+            f"{row.batch_tokens_per_s * row.token_s:.1f} x" if row.batch_tokens_per_s else "",
+            str(rounds[row.system]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     loads = [record.load_average for record in records]
     lines += [
         "",
-        "Medians over rounds. *Read*: bytes of weights and cache of a decoded token over its time; *the limit* is the fastest that "
-        "torch read a gigabyte in the same process. *Eight at once*: tokens per second of eight short requests together, over one "
-        "request's. Peak memory is the process's, loading included. The system's load average before the measurements lay between "
-        f"{min(loads):.1f} and {max(loads):.1f}; other programs make every number worse.",
+        "Medians over rounds. *Read*: bytes of weights and cache of a decoded token over its time; *the limit* is the fastest "
+        "that torch read a gigabyte in the same process. *Outside kernels*: the share of a token's time before and after the "
+        "decoder's one call and the output head: choosing requests, packing, sampling, text. *Eight at once*: tokens per second "
+        "of eight short requests together, over one request's. Peak memory is the process's, loading included. The system's "
+        f"load average before the measurements lay between {min(loads):.1f} and {max(loads):.1f}; other programs make every "
+        "number worse.",
         "",
     ]
     PAGE.write_text("\n".join(lines))

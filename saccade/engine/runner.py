@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.engine.batch import Batch, Placement
+from saccade.engine.graphs import DecodeGraphs, record_cuda
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Medium
 from saccade.kernels.record import KV_SCALE_BYTES, Kernels, PagedLayout
@@ -84,6 +85,8 @@ class Runner:
         self.cache = PagedCache(model, num_blocks, block_size, has_int8_cache)
         plan = model.kernels.plan_decoder if model.ranks.is_alone else None  # in one call, nothing can be exchanged
         self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
+        is_cuda = model.device.type == "cuda" and model.kernels.sources["attention_paged"] == "triton"
+        self.graphs = DecodeGraphs(self.compute, block_size, record_cuda) if is_cuda else None
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower
 
@@ -113,12 +116,25 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch, features: Sequence[Tensor]) -> Tensor:
         """features[i]: [tokens, H] of batch.placements[i]'s medium. Returns the tokens' last hidden rows [T, H]."""
-        media_rows, media_features = _place(batch.placements, features, batch.token_ids.device)
-        self.cache.layout = batch.layout
-        x = self.model.embed(batch.token_ids, media_rows, media_features)
+        if self.graphs is not None and self.graphs.takes(batch):
+            return self.graphs.run(batch)
+        placed = _place(batch.placements, features, batch.token_ids.device)
+        return self.compute(batch.token_ids, batch.positions, batch.layout, *placed)
+
+    def compute(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        layout: PagedLayout,
+        media_rows: Tensor | None = None,
+        media_features: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder over the cache, its token rows `media_rows` replaced. Returns the last hidden rows [T, H]."""
+        self.cache.layout = layout
+        x = self.model.embed(token_ids, media_rows, media_features)
         if self.decoder_step is not None:
-            return self.decoder_step(x, *rotary_angles(self.model.config.text, batch.positions), batch.layout)
-        return self.model(x, batch.positions, self.cache)  # type: ignore[no-any-return]
+            return self.decoder_step(x, *rotary_angles(self.model.config.text, positions), layout)
+        return self.model(x, positions, self.cache)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
         """Logits [V] float32 on the CPU of each of `rows` of hidden [T, H], a tile of them computed at a time."""

@@ -54,6 +54,9 @@ class PagedLayout:
     context_lengths: tuple[int, ...]
     block_tables: Tensor  # [S, blocks] int64, unused entries 0
     slots: Tensor  # [T] int64
+    derived: dict[int, Tensor] = field(
+        default_factory=dict, init=False, compare=False
+    )  # what a back end keeps for all layers
 
     @cached_property
     def contexts(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.record import PagedLayout, Segments
-from saccade.kernels.triton_rows import dot, narrow, unbroken
+from saccade.kernels.triton_rows import dot, narrow, operand, unbroken
 
 KEY_TILE = 64
 MAX_SPLITS = 32
@@ -115,8 +115,8 @@ def _segment_tiles(segments: Segments, rows: int, device: torch.device) -> Tenso
 @triton.jit
 def _paged(
     q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, acc_ptr, largest_ptr, total_ptr,
-    tiles_ptr, contexts_ptr, tables_ptr, scale, table_stride, q_token, q_head,
-    BLOCK_SIZE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
+    k_scale_ptr, v_scale_ptr, tiles_ptr, contexts_ptr, tables_ptr, scale, table_stride, q_token, q_head,
+    BLOCK_SIZE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, ROW: tl.constexpr,
     QUERIES: tl.constexpr, M: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -144,7 +144,7 @@ def _paged(
         # Where no key is, none is read: what lies there may be anything, NaN included.
         block = tl.load(tables_ptr + sequence * table_stride + column // BLOCK_SIZE, mask=is_column, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
-        at_key = (slot * K + kv_head) * D
+        at_key = (slot * K + kv_head) * ROW
         k = tl.load(
             k_cache_ptr + at_key[None, :] + element[:, None], mask=is_column[None, :] & is_element[:, None], other=0.0
         )
@@ -152,7 +152,17 @@ def _paged(
             v_cache_ptr + at_key[:, None] + element[None, :], mask=is_column[:, None] & is_element[None, :], other=0.0
         )
         seen = is_column[None, :] & (column[None, :] <= (place + query)[:, None])
-        acc, largest, total = _take(acc, largest, total, q, k, v, seen, scale)
+        if k_scale_ptr is not None:
+            # The scale of a key is its score's, in float32; that of a value goes into it before the product.
+            at_scale = (slot * K + kv_head) * (ROW // 4)
+            k_scale = tl.load(k_scale_ptr + at_scale, mask=is_column, other=0.0)
+            v_scale = tl.load(v_scale_ptr + at_scale, mask=is_column, other=0.0)
+            wide_v = narrow(v.to(tl.float32) * v_scale[:, None], q.dtype)
+            acc, largest, total = _take(
+                acc, largest, total, q, operand(k, q.dtype), wide_v, seen, scale * k_scale[None, :]
+            )
+        else:
+            acc, largest, total = _take(acc, largest, total, q, k, v, seen, scale)
 
     if SPLITS == 1:
         out_at = out_ptr + (token[:, None] * (K * R) + head[:, None]) * D + element[None, :]
@@ -192,15 +202,19 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
     longest = max(layout.query_lengths)
     rows = max(16, triton.next_power_of_2(share)) if longest == 1 else max(64, triton.next_power_of_2(share))
     queries = rows // share
-    tiles = _query_tiles(layout.query_lengths, queries, q.device)
+    if (tiles := layout.derived.get(queries)) is None:  # kept with the layout, which a recorded step keeps too
+        tiles = layout.derived[queries] = _query_tiles(layout.query_lengths, queries, q.device)
     splits = _num_splits(len(tiles) * num_kv_heads, max(layout.context_lengths), q.device)
     parts = (num_tokens * num_heads * splits) if splits > 1 else 0
     acc = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
     largest, total = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))
+    k_scale = v_scale = None
+    if k_cache.dtype == torch.int8:  # a row's last four bytes are its scale
+        k_scale, v_scale = (cache.view(torch.float32)[..., -1] for cache in (k_cache, v_cache))
     _paged[(len(tiles), num_kv_heads, splits)](
-        q, k_cache, v_cache, out, acc, largest, total,
+        q, k_cache, v_cache, out, acc, largest, total, k_scale, v_scale,
         tiles, layout.contexts, layout.block_tables, scale * _LOG2_E, layout.block_tables.stride(0), q.stride(0), q.stride(1),
-        BLOCK_SIZE=block_size, K=num_kv_heads, R=share, D=head_dim, D_BLOCK=_head_block(head_dim),
+        BLOCK_SIZE=block_size, K=num_kv_heads, R=share, D=head_dim, D_BLOCK=_head_block(head_dim), ROW=k_cache.shape[-1],
         QUERIES=queries, M=rows, C=_key_tile(q.dtype), SPLITS=splits, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
@@ -211,7 +225,6 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
     return out
 
 
-@lru_cache(maxsize=64)
 def _query_tiles(query_lengths: tuple[int, ...], queries: int, device: torch.device) -> Tensor:
     """[tiles, 4] int32: sequence, first row, number of queries, and how far the first stands from the context's end.
 

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels import reference
 from saccade.kernels.record import PagedLayout
 from saccade.schemes.affine import E4M3_MAX, TINY
 from saccade.schemes.scheme import Static
@@ -268,30 +267,46 @@ def quantize_static(x: Tensor, static: Static) -> Tensor:
 
 
 @triton.jit
-def _store_kv(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, T, k_token, k_head, v_token, v_head,
-    K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+def _store_row(
+    x_ptr, cache_ptr, scale_ptr, row, slot, T, x_token, x_head, K, D, ROW: tl.constexpr, BLOCK: tl.constexpr
+):
     token, head = row // K, row % K
     element = tl.arange(0, BLOCK)[None, :]
-    inside = (token < T) & (element < D)
-    slot = tl.load(slots_ptr + token, mask=token < T, other=0).to(tl.int64)
-    target = (slot * K + head) * D + element
-    tl.store(k_cache_ptr + target, tl.load(k_ptr + token * k_token + head * k_head + element, mask=inside), mask=inside)
-    tl.store(v_cache_ptr + target, tl.load(v_ptr + token * v_token + head * v_head + element, mask=inside), mask=inside)
+    inside = (token < T)[:, None] & (element < D)
+    x = tl.load(x_ptr + (token * x_token + head * x_head)[:, None] + element, mask=inside, other=0.0)
+    at = slot * K + head
+    if scale_ptr is not None:
+        x = x.to(tl.float32)
+        largest = tl.max(tl.abs(x), axis=1)
+        scale = tl.maximum(tl.div_rn(largest, tl.zeros_like(largest) + 127.0), _TINY)
+        tl.store(scale_ptr + at * (ROW // 4), scale, mask=token < T)
+        x = tl.div_rn(x, tl.zeros_like(x) + scale[:, None])
+        x = whole(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
+    tl.store(cache_ptr + (at * ROW)[:, None] + element, x, mask=inside)
+
+
+@triton.jit
+def _store_kv(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, T, k_token, k_head, v_token, v_head,
+    K: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    slot = tl.load(slots_ptr + row // K, mask=row // K < T, other=0).to(tl.int64)
+    _store_row(k_ptr, k_cache_ptr, k_scale_ptr, row, slot, T, k_token, k_head, K, D, ROW, BLOCK)
+    _store_row(v_ptr, v_cache_ptr, v_scale_ptr, row, slot, T, v_token, v_head, K, D, ROW, BLOCK)
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout) -> None:
-    if k_cache.dtype == torch.int8:
-        reference.store_kv(k, v, k_cache, v_cache, layout)
-        return
     k, v = unbroken(k), unbroken(v)
     num_tokens, num_heads, head_dim = k.shape
+    k_scale = v_scale = None
+    if k_cache.dtype == torch.int8:  # a row's last four bytes are its scale
+        k_scale, v_scale = (cache.view(torch.float32)[..., -1] for cache in (k_cache, v_cache))
     if num_tokens:
         _store_kv[(triton.cdiv(num_tokens * num_heads, HEAD_ROWS),)](
-            k, v, k_cache, v_cache, layout.slots, num_tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            K=num_heads, D=head_dim, ROWS=HEAD_ROWS, BLOCK=triton.next_power_of_2(head_dim), num_warps=4,
+            k, v, k_cache, v_cache, k_scale, v_scale, layout.slots, num_tokens,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), K=num_heads, D=head_dim, ROW=k_cache.shape[-1],
+            ROWS=HEAD_ROWS, BLOCK=triton.next_power_of_2(head_dim), num_warps=4,
         )  # fmt: skip
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from saccade.kernels.choose import BACK_ENDS, choose, lack_of
 from saccade.kernels.record import OPS, Kernels
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is imported
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

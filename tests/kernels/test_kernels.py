@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import DeviceError, OptionError
+from saccade.kernels import reference
 from saccade.kernels.choose import choose, choose_device
 from saccade.kernels.record import Kernels, PagedLayout, Segments
 from saccade.schemes.affine import quantize_rows_int8, quantize_weight
@@ -160,6 +161,29 @@ def test_paged_attention_reads_what_was_stored(
     layout = PagedLayout(queries, contexts, block_tables, torch.empty(0, dtype=torch.int64, device=device))
     out = kernels.attention_paged(torch.cat(all_queries), k_cache, v_cache, layout, head_dim**-0.5)
     assert_close(out, torch.cat(expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_an_int8_cache_holds_the_references_bytes_and_is_read_as_they_mean(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> None:
+    queries, contexts, block_size, head_dim = (5, 1), (37, 20), 8, 16
+    tables = torch.tensor([[3, 0, 5, 2, 9], [1, 4, 7, 0, 0]], device=device)
+    caches = [torch.zeros(2, 10, block_size, 2, head_dim + 4, dtype=torch.int8, device=device) for _ in range(2)]
+    for s, context in enumerate(contexts):
+        k, v = (randn(context, 2, head_dim, dtype=dtype, device=device, seed=10 * s + i) for i in (1, 2))
+        k[0], v[1, 1] = 0, 100
+        places = torch.arange(context, device=device)
+        slots = tables[s, places // block_size] * block_size + places % block_size
+        layout = PagedLayout((context,), (context,), tables[s : s + 1], slots)
+        kernels.store_kv(k, v, *caches[0], layout)
+        reference.store_kv(k, v, *caches[1], layout)
+    assert torch.equal(caches[0], caches[1])
+    q = randn(6, 4, head_dim, dtype=dtype, device=device, seed=3)
+    layout = PagedLayout(queries, contexts, tables, torch.empty(0, dtype=torch.int64, device=device))
+    got = kernels.attention_paged(q, *caches[0], layout, head_dim**-0.5)
+    wide = reference.attention_paged(q.float(), *caches[0], layout, head_dim**-0.5)
+    assert_close(got, wide, dtype)
 
 
 def test_an_unknown_device_or_kernel_is_refused_by_name() -> None:

@@ -1,0 +1,287 @@
+"""One command that says how fast an NVIDIA GPU runs the reference benchmark, and how far that is from what the card allows.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json          # a card, under ten minutes
+    python benchmarks/gpu.py --tiny --out /tmp/tiny.json                # a CPU, interpreted: that every part runs
+
+1. Every kernel against the reference, on the card.  2. Copy bandwidth and matrix rates, measured there.  3. Cells: 3B and 7B
+with random weights of real shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization.
+4. The 3B picture by transformers on the same weights: sdpa, and sdpa with a static cache and torch.compile; its best counts.
+A cell that fails is written with its error; the others go on. Times of a card that --tiny prints are times of an interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TINY = "--tiny" in sys.argv
+if TINY:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from saccade import SamplingParams  # noqa: E402
+from saccade.api import LLM, messages_for  # noqa: E402
+from saccade.bench.machine import MachineLimits, measure_machine  # noqa: E402
+from saccade.bench.measure import bench  # noqa: E402
+from saccade.bench.model import random_llm  # noqa: E402
+from saccade.bench.options import BenchOptions  # noqa: E402
+from saccade.kernels import reference  # noqa: E402
+from saccade.kernels.choose import choose  # noqa: E402
+from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments  # noqa: E402
+from saccade.schemes.affine import quantize_weight  # noqa: E402
+from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight  # noqa: E402
+
+BUDGET_S = 540.0  # cells that would begin later are left out, and said to be
+QUANTIZATIONS = (None, "w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128", "fp8")
+
+
+def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Largest distance of every Triton op from the reference in float32, over the reference's largest value."""
+    kernels = choose(device, dict.fromkeys(OPS, "triton"))
+    checks: list[tuple[str, Callable[[], tuple[Tensor, Tensor]]]] = []
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def of_linear(name: str, rows: int, columns: int, outputs: int) -> tuple[Tensor, Tensor]:
+        x = randn(rows, columns)
+        if name == W8A8.name:
+            values = torch.randint(-127, 128, (outputs, columns), device=device, dtype=torch.int8)
+            deq = torch.full((outputs,), 1e-4, device=device)
+            static = Static(*(torch.tensor([n], device=device) for n in (0.03, 3.0)), deq.int(), deq)
+            weight = Weight(values, deq / 0.03, None, W8A8, static=static)
+        else:
+            weight = Weight(randn(outputs, columns) * 0.05, bias=randn(outputs))
+            weight = weight if name == "dense" else quantize_weight(weight, SCHEMES[name])
+        return kernels.linear(x, weight), reference.linear(x.float(), weight.to(device, torch.float32))
+
+    for columns, outputs in shapes:
+        for rows in (1, 5, 16, 40, 200):
+            for name in (
+                "w8a16",
+                "w8a8",
+                "w8a8-dynamic",
+                "w4a8-g64",
+                "w4a8-g128",
+                "w4a16-g128",
+                "w4a8-float-g64",
+                "fp8",
+            ):
+                label = f"linear {name}, {rows} x {columns} -> {outputs}"
+                checks.append((label, lambda n=name, r=rows, c=columns, o=outputs: of_linear(n, r, c, o)))
+    checks += [
+        ("rms_norm", lambda: _norm(kernels, randn)),
+        ("rope", lambda: _rope(kernels, randn)),
+        ("silu_mul", lambda: _silu(kernels, randn)),
+        ("attention_varlen", lambda: _varlen(kernels, randn)),
+        ("attention_paged, prefill", lambda: _paged(kernels, randn, (40,), (90,))),
+        ("attention_paged, decode", lambda: _paged(kernels, randn, (1, 1, 1), (700, 33, 5))),
+    ]
+    results = []
+    for label, check in checks:
+        torch.manual_seed(0)
+        try:
+            got, expected = check()
+            error = float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
+            results.append(
+                {"op": label, "error": error, "is_right": error < (0.03 if dtype != torch.float32 else 1e-4)}
+            )
+        except Exception as problem:  # one that does not compile must not hide the others
+            results.append(
+                {"op": label, "error": None, "is_right": False, "problem": f"{type(problem).__name__}: {problem}"[:500]}
+            )
+    return results
+
+
+def _norm(kernels: Kernels, randn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    x, residual, gain = randn(7, 2048), randn(7, 2048), randn(2048)
+    return kernels.rms_norm(x, gain, 1e-6, residual)[0], reference.rms_norm(
+        x.float(), gain.float(), 1e-6, residual.float()
+    )[0]
+
+
+def _rope(kernels: Kernels, randn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    q, k, angles = randn(9, 28, 128), randn(9, 4, 128), randn(9, 64).float()
+    got, expected = (
+        ops.rope(wide(q), wide(k), angles.cos(), angles.sin())
+        for ops, wide in ((kernels, lambda x: x), (reference.kernels(), lambda x: x.float()))
+    )
+    return torch.cat(got, dim=1), torch.cat(expected, dim=1)
+
+
+def _silu(kernels: Kernels, randn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    x = randn(7, 2 * 3420)
+    return kernels.silu_mul(x), reference.silu_mul(x.float())
+
+
+def _varlen(kernels: Kernels, randn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    segments = Segments((64, 64, 32, 300))
+    q, k, v = (randn(460, 4, 80) for _ in range(3))
+    got = kernels.attention_varlen(q, k, v, segments, 80**-0.5)
+    return got, reference.attention_varlen(q.float(), k.float(), v.float(), segments, 80**-0.5)
+
+
+def _paged(
+    kernels: Kernels, randn: Callable[..., Tensor], queries: tuple[int, ...], contexts: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    k, v = randn(64, 32, 4, 128), randn(64, 32, 4, 128)
+    order = torch.randperm(64, device=k.device)
+    width = -(-max(contexts) // 32)
+    tables = torch.stack([order[s * 3 : s * 3 + width] for s in range(len(contexts))])
+    layout = PagedLayout(queries, contexts, tables, order[:0])
+    q = randn(sum(queries), 28, 128)
+    got = kernels.attention_paged(q, k, v, layout, 128**-0.5)
+    return got, reference.attention_paged(q.float(), k.float(), v.float(), layout, 128**-0.5)
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def media(kind: str) -> tuple[list[Any], list[Any]]:
+    """A picture of 1512 x 2016 halves in the model's sizes: 972 tokens with 54 x 72 patches; or frames of a video: 15 x 720 patches."""
+    noise = np.random.default_rng(0)
+    if TINY:
+        frames = noise.integers(0, 256, (4, 56, 56, 3), dtype=np.uint8)
+    elif kind == "picture":
+        frames = noise.integers(0, 256, (1, 756, 1008, 3), dtype=np.uint8)
+    else:
+        frames = noise.integers(0, 256, (30, 280, 504, 3), dtype=np.uint8)
+    return ([frames[0]], []) if kind == "picture" else ([], [frames])
+
+
+def run_cell(size: str, kind: str, quantization: str | None, machine: MachineLimits, tokens: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"quantization": quantization, "kv_cache_tokens": 4096}
+    if TINY:
+        options |= {"device": "cpu", "kernels": dict.fromkeys(OPS, "triton"), "kv_cache_tokens": 256}
+    began = time.perf_counter()
+    llm = random_llm(size, **options)
+    load_s = time.perf_counter() - began
+    images, videos = media(kind)
+    params = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0, ignore_eos=True)
+    repeats = BenchOptions(warmup=0 if TINY else 2, repeat=1 if TINY else 5)
+    result = bench(llm, messages_for("Describe this.", images, videos), params, repeats, name=size, machine=machine)
+    cell = {"load_s": load_s, "tokens_in": result.tokens_in, "tokens_out": tokens, "headline": result.headline()}
+    cell["stages"] = {
+        stage.name: {k: v for k, v in stage.as_json().items() if k != "repeats_s"} for stage in result.stages
+    }
+    cell["total_s"], cell["reached"] = result.stage("total").median_s, result.stage("total").reached
+    cell["kernels"] = dict(result.kernels)
+    return cell
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def transformers_times(tokens: int, size: str) -> dict[str, Any]:
+    """generate() over the same random weights by transformers, in each of its settings; total seconds, best of three."""
+    import transformers
+
+    times: dict[str, Any] = {"version": transformers.__version__}
+    with tempfile.TemporaryDirectory() as folder:
+        tool = Path(__file__).parent.parent / "tools" / "random_checkpoint.py"
+        target = Path(folder) / "model"
+        subprocess.run([sys.executable, str(tool), size, str(target)], check=True, stdout=subprocess.DEVNULL)
+        llm = LLM(target, kv_cache_tokens=4096, **({"device": "cpu"} if TINY else {}))
+        from saccade.bench.against import _generate_s, _inputs
+
+        images, videos = media("picture")
+        inputs = _inputs(llm, llm.prepare(messages_for("Describe this.", images, videos)))
+        runner = llm.engine.runner
+        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            target, dtype=runner.model.dtype, attn_implementation="sdpa"
+        )
+        model = model.to(runner.model.device).eval()
+        for setting, cache in (("sdpa", None), ("sdpa, static cache, compiled", "static")):
+            try:
+                if cache is not None:
+                    if TINY:
+                        times[setting] = "left out: nothing to compile for"
+                        continue
+                    model.generation_config.cache_implementation = cache  # generate() compiles decoding for it
+                times[setting] = min(_generate_s(model, inputs, tokens) for _ in range(1 if TINY else 3))
+            except Exception as problem:
+                times[setting] = f"{type(problem).__name__}: {problem}"[:300]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU in Triton's interpreter")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write; written anew after every part")
+    parser.add_argument("--skip-transformers", action="store_true")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    if not TINY and not torch.cuda.is_available():
+        sys.exit("this machine has no CUDA device; --tiny runs every part on a CPU")
+    device, dtype = torch.device("cpu" if TINY else "cuda"), torch.float32 if TINY else torch.bfloat16
+    report: dict[str, Any] = {
+        "is_tiny": TINY,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+    def save() -> None:
+        report["seconds"] = time.perf_counter() - began
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    shapes = [(128, 40)] if TINY else [(2048, 2560), (3584, 4608), (18_944, 3584), (5120, 1024), (8192, 1280)]
+    report["kernels"] = validate(device, dtype, shapes)
+    wrong = [check for check in report["kernels"] if not check["is_right"]]
+    print(f"kernels: {len(report['kernels']) - len(wrong)} of {len(report['kernels'])} right")
+    for check in wrong:
+        print(f"  WRONG {check['op']}: {check.get('problem') or check['error']}")
+    save()
+    machine = measure_machine(device, dtype, **({"buffer_bytes": 1 << 22, "matrices": (128,)} if TINY else {}))
+    report["machine"] = dataclasses.asdict(machine)
+    print(
+        f"{machine.device}: {machine.bytes_per_s / 1e12:.2f} TB/s, {machine.operations_per_s / 1e12:.0f} TFLOP/s {machine.dtype}"
+    )
+    save()
+    report["cells"] = {}
+    tokens = 3 if TINY else 128
+    plan = [(size, kind, how) for how in QUANTIZATIONS for size in ("3b", "7b") for kind in ("picture", "video")]
+    if TINY:
+        plan = [("tiny", "picture", how) for how in QUANTIZATIONS] + [("tiny", "video", None)]
+    for size, kind, how in plan:
+        name = f"{size} {kind} {how or 'bf16'}"
+        if time.perf_counter() - began > BUDGET_S:
+            report["cells"][name] = {"error": "left out: the time was up"}
+            continue
+        try:
+            report["cells"][name] = cell = run_cell(size, kind, how, machine, tokens)
+            print(f"{name}: {cell['total_s']:.3f} s, {cell['reached']:.0%} of the limit")
+        except Exception as problem:
+            report["cells"][name] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+            print(f"{name}: FAILED {problem}")
+        free(device)
+        save()
+    if not arguments.skip_transformers:
+        try:
+            report["transformers"] = transformers_times(tokens, "tiny" if TINY else "3b")
+            print(f"transformers, 3b picture bf16: {report['transformers']}")
+        except Exception as problem:
+            report["transformers"] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+    save()
+    failed = [name for name, cell in report["cells"].items() if "error" in cell]
+    if wrong or failed:
+        sys.exit(f"{len(wrong)} kernels wrong, {len(failed)} cells without a result; see {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ from saccade.schemes.scheme import W4A16, W4A16_ASYM, Scheme, Weight
 
 METHODS = ("awq", "gptq")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of a word's nth number
-_WORDS_AT_A_TIME = 256  # of a row of AWQ's qweight
+_WORDS_AT_A_TIME = 16  # of a row of AWQ's qweight: a line of the processor's cache
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _INTEGER_SCALES = "integer_group_scales"
-_ROWS_AT_A_TIME = 4096
+_WORDS_AT_A_TIME = 1 << 16  # a quarter megabyte, which stays in the processor's cache
 
 # Modules that are linears in every engine; the patch embedding, a convolution, is none.
 _IS_LINEAR = re.compile(r"(_proj|qkv|(?<!patch_embed)\.proj|merger\.mlp\.\d+|lm_head)$")
@@ -383,13 +383,23 @@ def _read_int4(
 
 
 def repack_words(words: Tensor) -> Tensor:
-    """words: [O, H/8] int32 of 4-bit values plus 8, the first in the lowest bits. Returns what `pack` makes of the values."""
-    out = torch.empty(len(words), 4 * words.shape[1], dtype=torch.uint8)
-    for start in range(0, len(words), _ROWS_AT_A_TIME):
-        nibbles = words[start : start + _ROWS_AT_A_TIME].view(torch.uint8) ^ 0x88  # minus 8, modulo 16
-        pairs = torch.stack([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
-        out[start : start + len(nibbles)] = pack(pairs.view(torch.int8))
-    return out
+    """words: [O, H/8] int32 of 4-bit values plus 8, the first in the lowest bits, H a multiple of 32. Returns `pack` of the values.
+
+    Of 32 columns the first 16 lie in one int64 and the last 16 in another, two in a byte; a packed byte joins one of each. All
+    even columns are joined at once, then all odd ones, and their bytes take turns.
+    """
+    num_rows, num_columns = len(words), 8 * words.shape[1]
+    out = torch.empty(num_rows, num_columns // 32, 8, dtype=torch.int16)
+    low, high = 0x0F0F0F0F0F0F0F0F, -0x0F0F0F0F0F0F0F10
+    step = max(1, _WORDS_AT_A_TIME // max(1, words.shape[1]))
+    for start in range(0, num_rows, step):
+        first, last = words[start : start + step].view(torch.int64).view(-1, num_columns // 32, 2).unbind(dim=2)
+        even = ((last & low) << 4).bitwise_or_(first & low)
+        odd = ((first >> 4) & low).bitwise_or_(last & high)
+        part = out[start : start + step]
+        part.copy_(odd.view(torch.uint8).view(part.shape)).bitwise_left_shift_(8)
+        part.bitwise_or_(even.view(torch.uint8).view(part.shape))
+    return out.view(torch.uint8).view(num_rows, num_columns // 2).bitwise_xor_(0x88)  # minus 8, modulo 16, both halves
 
 
 def _columns(tensors: Tensors, module: str, per_word: int) -> int:

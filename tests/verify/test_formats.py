@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.checkpoints.writing import format_named
-from saccade.quantize.report import Check
-from saccade.schemes.scheme import FP8, W4A8, W4A16, W4A16_ASYM, W8A8, W8A8_DYNAMIC, W8A16, Scheme
+from saccade.quantize.report import Check, sqnr_db
+from saccade.schemes.affine import dequantize, quantize_weight
+from saccade.schemes.scheme import FP8, W4A8, W4A16, W4A16_ASYM, W8A8, W8A8_DYNAMIC, W8A16, Scheme, Weight
 from saccade.verify.options import VerifyOptions
 from saccade.verify.schema import check_choice, check_numbers, check_tensors
 from saccade.verify.verification import check_weights, verify
@@ -58,6 +59,14 @@ def test_a_sound_folder_passes_and_a_damaged_row_is_named(
     save_file(tensors, file)
     checks = checks_of(tiny_checkpoint, tmp_path / "out")
     assert any(f"{MODULE}: rows 5 are not" in line for line in checks["weights"].details)
+
+
+@pytest.mark.parametrize(("scheme", "db"), [(W8A16, 41.6), (FP8, 31.6), (W4A16[128], 19.1)])
+def test_gaussian_rows_have_the_decibels_that_thresholds_are_set_by(scheme: Scheme, db: float) -> None:
+    """docs/verifying.md gives these."""
+    values = torch.randn(256, 2048, generator=torch.Generator().manual_seed(0))
+    error = dequantize(quantize_weight(Weight(values), scheme)) - values
+    assert sqnr_db(float(values.square().sum()), float(error.square().sum())) == pytest.approx(db, abs=0.1)
 
 
 def test_the_formats_of_both_engines_are_among_them() -> None:

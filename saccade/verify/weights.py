@@ -95,7 +95,11 @@ def _compare_bias(
     if rotation is not None and module.endswith("self_attn.v_proj"):
         heads = value_rotations(source, quantized, module.removesuffix(".v_proj"), rotation)
         before = turned(before[None], heads)[0]
-    return "same" if float((after - before).norm()) <= BIAS_TOLERANCE * float(before.norm()) else "changed"
+    # A factor of a few rows may have passed as rounding of the weight; the bias has it too.
+    tolerance = BIAS_TOLERANCE + (
+        GAIN_TOLERANCE[quantized.scheme(module).weight_bits] if module.endswith(FREE_ROWS) else 0
+    )
+    return "same" if float((after - before).norm()) <= tolerance * float(before.norm()) else "changed"
 
 
 def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> WeightMeasure:
@@ -123,25 +127,56 @@ class Fit:
 
 def fit_basis(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None) -> Fit:
     """First as norms and rotation say, then with factors of rows or columns where the model leaves them free."""
+    plain, expected, rows = _as_expected(source, quantized, module, rotation)
+    is_smoothed = expected_rows(source, quantized, module, rotation)[1]
+    if module.endswith(FREE_COLUMNS) and bool(plain.is_bad.any()):
+        factors = plain.column_factors()
+        scaled: Rows = lambda chosen: expected(chosen) * factors  # noqa: E731
+        sums = _compare(scaled, rows, len(plain.ee), plain.scheme)
+    elif module.endswith(FREE_ROWS) and bool(plain.is_bad.any()):
+        factors = plain.row_factors()[:, None]
+        scaled = lambda chosen: expected(chosen) / factors[chosen]  # noqa: E731
+        sums = replace(plain.with_free_rows(), is_undone=_is_undone(source, quantized, module, rotation, plain))
+    else:
+        is_unknown = rotation is not None and plain.share_bad > MANY
+        basis: Basis = "unknown" if is_unknown else "smoothed" if is_smoothed else "source"
+        return Fit(plain, basis, None if is_unknown else expected)
+    return Fit(sums, "rescaled", scaled) if sums.share_bad <= MANY else Fit(sums, "unknown", None)
+
+
+def _as_expected(
+    source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None
+) -> tuple[_Sums, Rows, Rows]:
+    """How near the weight is with no factor fitted, the rows expected, and those found."""
     weight = quantized.weight(module)
     rows = rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
-    scheme = DENSE if weight is None else weight.scheme
+    expected, _ = expected_rows(source, quantized, module, rotation)
     num_rows = source.info(f"{module}.weight").shape[0]
-    expected, is_smoothed = expected_rows(source, quantized, module, rotation)
-    plain = _compare(expected, rows, num_rows, scheme)
-    if plain.share_bad <= MANY:
-        return Fit(plain, "smoothed" if is_smoothed else "source", expected)
-    if module.endswith(FREE_ROWS):
-        factors = plain.row_factors()[:, None]
-        scaled: Rows = lambda chosen: expected(chosen) / factors[chosen]  # noqa: E731
-        sums = plain.with_free_rows()
-    elif module.endswith(FREE_COLUMNS):
-        factors = plain.column_factors()
-        scaled = lambda chosen: expected(chosen) * factors  # noqa: E731
-        sums = _compare(scaled, rows, num_rows, scheme)
-    else:
-        return Fit(plain, "source" if rotation is None else "unknown", expected if rotation is None else None)
-    return Fit(sums, "rescaled", scaled) if sums.share_bad <= MANY else Fit(sums, "unknown", None)
+    return _compare(expected, rows, num_rows, DENSE if weight is None else weight.scheme), expected, rows
+
+
+def _is_undone(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None, plain: _Sums) -> Tensor:
+    """[O] bool: whether each row has no factor, or one that the linear that may undo it does undo, as well as can be measured."""
+    text = source.config.text
+    block, _, name = module.rpartition(".")
+    heads = (text.num_kv_heads, text.num_heads // text.num_kv_heads, text.head_dim)
+
+    def sums(other: str) -> _Sums:
+        return _as_expected(source, quantized, f"{block}.{other}", rotation)[0]
+
+    if name == "up_proj":
+        other = sums("down_proj").column_factors().double()
+    elif name == "v_proj":
+        other = sums("o_proj").column_factors().double().view(heads).mean(1).flatten()
+    elif name == "k_proj":
+        other = sums("q_proj").gain.view(heads).mean(1).flatten()
+    elif name == "q_proj":
+        other = sums("k_proj").gain.view(heads[0], 1, heads[2]).expand(heads).flatten()
+    else:  # the tower's q, k and v are one
+        q, k, _ = plain.gain.chunk(3)
+        other = torch.cat([k, q, sums("proj").column_factors().double()])
+    tolerance = GAIN_TOLERANCE[plain.scheme.weight_bits]
+    return ((plain.gain * other - 1).abs() <= 2 * tolerance) | ((plain.gain - 1).abs() <= tolerance)
 
 
 def _dequantized(weight: Weight) -> Rows:
@@ -162,6 +197,7 @@ class _Sums:
     error: Tensor  # [O]
     column_ee: Tensor  # [H]
     column_ed: Tensor  # [H]
+    is_undone: Tensor | None = None  # [O] bool: of rows with a factor of their own, whether another linear undoes it
 
     @property
     def gain(self) -> Tensor:
@@ -172,7 +208,8 @@ class _Sums:
     def is_bad(self) -> Tensor:
         bits = self.scheme.weight_bits
         limit = self.ee * 10 ** (-ROW_FLOOR_DB[bits] / 10)
-        return ((self.gain - 1).abs() > GAIN_TOLERANCE[bits]) | (self.error > limit)
+        is_bad = ((self.gain - 1).abs() > GAIN_TOLERANCE[bits]) | (self.error > limit)
+        return is_bad if self.is_undone is None else is_bad | ~self.is_undone
 
     @property
     def share_bad(self) -> float:

@@ -13,6 +13,7 @@ from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import W8A8_DYNAMIC, Weight
 from saccade.verify.options import VerifyOptions
 from saccade.verify.verification import verify
+from tests.test_quantized_model import write_quantized
 
 from .conftest import CONVERSATIONS, Edit, changed, edit_description, edited
 
@@ -51,11 +52,33 @@ def swap(name: str, first: int, second: int) -> Edit:
     return edit
 
 
-def test_a_doubled_scale_is_found_by_its_row(tiny_checkpoint: Path, dynamic: Path, tmp_path: Path) -> None:
-    name = f"{GATE}.weight_scale"
+@pytest.mark.parametrize("module", [GATE, UP, Q, "model.layers.1.self_attn.v_proj", "visual.blocks.1.attn.qkv"])
+def test_a_doubled_scale_is_found_by_its_row(tiny_checkpoint: Path, dynamic: Path, tmp_path: Path, module: str) -> None:
+    """Also where smoothing could have given the row a factor: nothing undoes this one."""
+    name = f"{module}.weight_scale"
     folder = edited(dynamic, tmp_path / "x", lambda t: t.update({name: changed(t[name], 7, 2 * t[name][7])}))
     report = verify(folder, tiny_checkpoint, (), QUICK)
-    assert_found(check_of(report, "weights"), "fail", GATE, "rows 7 are not", "2.00 times")
+    assert_found(check_of(report, "weights"), "fail", module, "rows 7 are not")
+
+
+def test_a_factor_that_the_next_linear_undoes_is_no_fault(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Smoothing that found a few channels worth it, and left the others alone."""
+
+    def smooth(tensors: dict[str, Tensor]) -> None:
+        few = torch.ones(96)
+        few[[3, 50]] = torch.tensor([0.6, 1.7])
+        tensors[f"{UP}.weight"] /= few[:, None]
+        tensors[f"{UP.replace('up', 'down')}.weight"] *= few
+        heads = torch.ones(2, 1, 16)
+        heads[0, 0, 5] = 1.5
+        tensors["model.layers.1.self_attn.v_proj.weight"] /= heads.flatten()[:, None]
+        tensors["model.layers.1.self_attn.v_proj.bias"] /= heads.flatten()
+        tensors["model.layers.1.self_attn.o_proj.weight"] *= heads.expand(2, 2, 16).flatten()
+
+    folder = write_quantized(edited(tiny_checkpoint, tmp_path / "smoothed", smooth), tmp_path / "out")
+    check = check_of(verify(folder, tiny_checkpoint, (), QUICK), "weights")
+    assert check.verdict == "pass", check
+    assert "rescaled between layers" in check.facts
 
 
 def test_a_negative_scale_is_found_without_the_source(dynamic: Path, tmp_path: Path) -> None:

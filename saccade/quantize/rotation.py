@@ -39,9 +39,9 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """x R over the last dimension, float32."""
         odd = len(self.rest)
-        turned = (x * self.signs).view(*x.shape[:-1], -1, odd)
+        turned = (x * self.signs.to(x.device)).view(*x.shape[:-1], -1, odd)
         turned = hadamard(turned.transpose(-1, -2)).transpose(-1, -2)
-        return (turned @ self.rest).reshape(x.shape)
+        return (turned @ self.rest.to(x.device)).reshape(x.shape)
 
 
 def rotation(size: int, seed: int, name: str) -> Rotation:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from saccade.evals.drawing import DIGITS, Drawn, Rng
-from saccade.evals.scenes import CONSONANTS, FRAMES_PER_SECOND, HELD_OUT_PAIRS, Clip, Scene, is_held_out
+from saccade.evals.scenes import CONSONANTS, FRAMES_PER_SECOND, Clip, Scene, is_held_out
 
 T = TypeVar("T")
 Pair = tuple[Scene, Scene]
@@ -43,12 +43,6 @@ def plural(kind: str) -> str:
     return f"{kind}es" if kind == "cross" else f"{kind}s"
 
 
-def rather_new(rng: Rng, things: Sequence[Drawn]) -> Drawn:
-    """One of the things; of a pair that training never shows if there is any."""
-    new = [thing for thing in things if (thing.colour, thing.kind) in HELD_OUT_PAIRS]
-    return pick(rng, new or things)
-
-
 # --- one picture -----------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +50,7 @@ def ask_colour(rng: Rng, scene: Scene) -> Turn | None:
     options = unique(scene.shapes, lambda thing: thing.kind)
     if not options:
         return None
-    shape = rather_new(rng, options)
+    shape = pick(rng, options)
     return Turn("colour", f"What colour is the {shape.kind}?", shape.colour, "exact")
 
 
@@ -64,7 +58,7 @@ def ask_shape(rng: Rng, scene: Scene) -> Turn | None:
     options = unique(scene.shapes, lambda thing: thing.colour)
     if not options:
         return None
-    shape = rather_new(rng, options)
+    shape = pick(rng, options)
     return Turn("shape", f"What shape is {shape.colour}?", shape.kind, "exact")
 
 
@@ -97,7 +91,7 @@ def ask_box(rng: Rng, scene: Scene) -> Turn | None:
     options = unique(scene.shapes, lambda thing: thing.kind)
     if not options:
         return None
-    shape = rather_new(rng, options)
+    shape = pick(rng, options)
     return Turn("box", f"Locate the {shape.kind}.", box_answer(shape, shape.kind), "box")
 
 
@@ -109,24 +103,18 @@ def ask_word(rng: Rng, scene: Scene) -> Turn | None:
     return Turn("words", "What word is written?", scene.texts[0].text, "anls")
 
 
-def _fact(rng: Rng, scene: Scene) -> tuple[str, str]:
-    """A name and its value; a combination never seen in training, if the scene was drawn around one."""
-    new = [fact for fact, is_new in zip(scene.facts, scene.is_new, strict=True) if is_new]
-    return pick(rng, new or scene.facts)
-
-
 def ask_chart(rng: Rng, scene: Scene) -> Turn | None:
-    colour, value = _fact(rng, scene)
+    colour, value = pick(rng, scene.facts)
     return Turn("chart", f"How high is the {colour} bar?", value, "number")
 
 
 def ask_table(rng: Rng, scene: Scene) -> Turn | None:
-    name, value = _fact(rng, scene)
+    name, value = pick(rng, scene.facts)
     return Turn("table", f"What is in row {name[0]}, column {name[1]}?", value, "exact")
 
 
 def ask_form(rng: Rng, scene: Scene) -> Turn | None:
-    name, value = _fact(rng, scene)
+    name, value = pick(rng, scene.facts)
     return Turn("form", f"What is the {name}? Answer in JSON.", json.dumps({name: value}), "json")
 
 

@@ -162,25 +162,18 @@ def couple(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
     return Scene(finished(rng, canvas), tuple(things))
 
 
-def spread(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """Two or three large shapes of different kinds, each in a quarter of its own."""
+def alone(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
+    """One large shape in one of the quarters."""
     canvas = background(rng, height, width)
-    pairs: list[tuple[str, str]] = []
-    while len(pairs) < int(2 + rng.integers(2)):
-        pair = pick_pair(rng, canvas, test=test)
-        pairs += [pair] if pair[1] not in [kind for _, kind in pairs] else []
-    things = []
-    for pair, quarter in zip(pairs, rng.permutation(4), strict=False):
-        colour, kind = pair
-        size = int(min(height, width) * rng.uniform(0.36, 0.44))
-        sprite = shape_sprite(kind, colour, jitter(rng, COLOURS[colour]), size, rng.uniform(-0.1, 0.1))
-        h, w = sprite.mask.shape
-        x, y = (
-            int(half * place + rng.integers(0, half - side + 1))
-            for half, place, side in ((width // 2, quarter % 2, w), (height // 2, quarter // 2, h))
-        )
-        things.append(paste(canvas, sprite, x, y))
-    return Scene(finished(rng, canvas), tuple(things))
+    colour, kind = pick_pair(rng, canvas, test=test)
+    size = int(min(height, width) * rng.uniform(0.36, 0.44))
+    sprite = shape_sprite(kind, colour, jitter(rng, COLOURS[colour]), size, rng.uniform(-0.1, 0.1))
+    h, w = sprite.mask.shape
+    column, row = int(rng.integers(2)), int(rng.integers(2))
+    x = width // 2 * column + int(rng.integers(0, width // 2 - w + 1))
+    y = height // 2 * row + int(rng.integers(0, height // 2 - h + 1))
+    drawn = paste(canvas, sprite, x, y)
+    return Scene(finished(rng, canvas), (drawn,))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -340,12 +333,12 @@ def table(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
 
 
 def form(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """A receipt: a firm's name over four to six lines with a field and a digit each. A combination is a
+    """A receipt: a firm's name over two or three lines with a field and a digit each. A combination is a
     field and its digit."""
     level = float(rng.choice([250, 235]))
     canvas = np.full((height, width, 3), jitter(rng, (level, level, level), 8), dtype=np.float32)
     black = COLOURS["black"]
-    count = min(int(rng.integers(4, 7)), height // LINE - 2)
+    count = int(rng.integers(2, 4))
     names = [FIELDS[i] for i in rng.permutation(len(FIELDS))[:count]]
     style = TextStyle(stroke=int(rng.random() < 0.3))
     title = text_sprite(str(rng.choice(FIRM)), "black", black, 24, TextStyle(stroke=1))

@@ -1,8 +1,10 @@
 """The tasks: what each asks, and item `index` of a split, which follows from (task, split, seed, index) alone.
 
 Knows which scene belongs to which question; knows no model and no scores. Training and test items differ by their random stream
-and by what is held out: pairs of colour and shape, numbers, words, and combinations of a place and its value
-(`scenes.is_held_out`). Pictures are drawn at multiples of 28 pixels, so that no resizing moves what is asked about.
+and by what is held out (`scenes.is_held_out`): numbers, words and what is copied, sorted or added are all of one split; of the
+shapes of a test item two in three are of a pair of colour and shape that training never shows; a test chart, table or form holds
+at least one combination of a place and its value that training never does, and any of its facts is asked. Pictures are drawn at
+multiples of 28 pixels, so that no resizing moves what is asked about.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _SMALL = ((112, 112), (112, 140), (140, 112))
 MEDIA: dict[str, Medium] = {
     "shapes": Medium(_one(scenes.shapes), (*_SMALL, (140, 140), (112, 168), (168, 112), (168, 168))),
     "couple": Medium(_one(scenes.couple), _SMALL),
-    "spread": Medium(_one(scenes.spread), ((112, 112),)),
+    "alone": Medium(_one(scenes.alone), ((112, 112),)),
     "number": Medium(_one(scenes.writing, "number"), ((84, 112), (84, 140), (112, 112))),
     "word": Medium(_one(scenes.writing, "word"), ((84, 140), (112, 112), (112, 140))),
     "chart": Medium(_one(scenes.chart), ((140, 140), (140, 168))),
@@ -77,7 +79,7 @@ _TASKS: dict[str, Task] = {
     "colour": Task("name the colour of a shape", questions.ask_colour, "shapes"),
     "shape": Task("name the shape of a colour", questions.ask_shape, "shapes"),
     "relation": Task("say on which side of another a shape lies", questions.ask_relation, "couple"),
-    "box": Task("give the box of a shape as JSON", questions.ask_box, "spread"),
+    "box": Task("give the box of a shape as JSON", questions.ask_box, "alone"),
     "chart": Task("read the height of a bar", questions.ask_chart, "chart"),
     "table": Task("look up a cell of a table", questions.ask_table, "table"),
     "form": Task("look up a field of a receipt, answered as JSON", questions.ask_form, "form"),

@@ -162,18 +162,24 @@ def couple(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
     return Scene(finished(rng, canvas), tuple(things))
 
 
-def alone(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """One large shape in one of the quarters."""
+def quarters(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
+    """One or two large shapes of different kinds, each in a quarter of its own."""
     canvas = background(rng, height, width)
-    colour, kind = pick_pair(rng, canvas, test=test)
-    size = int(min(height, width) * rng.uniform(0.36, 0.44))
-    sprite = shape_sprite(kind, colour, jitter(rng, COLOURS[colour]), size, rng.uniform(-0.1, 0.1))
-    h, w = sprite.mask.shape
-    column, row = int(rng.integers(2)), int(rng.integers(2))
-    x = width // 2 * column + int(rng.integers(0, width // 2 - w + 1))
-    y = height // 2 * row + int(rng.integers(0, height // 2 - h + 1))
-    drawn = paste(canvas, sprite, x, y)
-    return Scene(finished(rng, canvas), (drawn,))
+    count = int(rng.integers(1, 3))
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
+        pair = pick_pair(rng, canvas, test=test)
+        pairs += [pair] if pair[1] not in [kind for _, kind in pairs] else []
+    things = []
+    for (colour, kind), quarter in zip(pairs, rng.permutation(4), strict=False):
+        size = int(min(height, width) * rng.uniform(0.36, 0.44))
+        sprite = shape_sprite(kind, colour, jitter(rng, COLOURS[colour]), size, rng.uniform(-0.1, 0.1))
+        h, w = sprite.mask.shape
+        row, column = divmod(int(quarter), 2)
+        x = width // 2 * column + int(rng.integers(0, width // 2 - w + 1))
+        y = height // 2 * row + int(rng.integers(0, height // 2 - h + 1))
+        things.append(paste(canvas, sprite, x, y))
+    return Scene(finished(rng, canvas), tuple(things))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -333,18 +339,19 @@ def table(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
 
 
 def form(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """A receipt: a firm's name over two or three lines with a field and a digit each. A combination is a
+    """A receipt: a firm's name over one or two lines with a field and a digit each. A combination is a
     field and its digit."""
     level = float(rng.choice([250, 235]))
     canvas = np.full((height, width, 3), jitter(rng, (level, level, level), 8), dtype=np.float32)
     black = COLOURS["black"]
-    count = int(rng.integers(2, 4))
-    names = [FIELDS[i] for i in rng.permutation(len(FIELDS))[:count]]
+    count = int(rng.integers(1, 3))
     style = TextStyle(stroke=int(rng.random() < 0.3))
     title = text_sprite(str(rng.choice(FIRM)), "black", black, 24, TextStyle(stroke=1))
     things = [paste(canvas, title, (width - title.mask.shape[1]) // 2, 8)]
     _line(canvas, black, (10, 2 * LINE - 8, width - 10, 2 * LINE - 6))
-    facts, is_new = _facts(rng, "form", lambda: names, range(1, 10), test=test)
+    facts, is_new = _facts(
+        rng, "form", lambda: [FIELDS[i] for i in rng.permutation(len(FIELDS))[:count]], range(1, 10), test=test
+    )
     size = int(rng.uniform(19, 21))
     for index, (name, value) in enumerate(facts):
         middle = LINE * (index + 2.5)

@@ -47,7 +47,7 @@ _SMALL = ((112, 112), (112, 140), (140, 112))
 MEDIA: dict[str, Medium] = {
     "shapes": Medium(_one(scenes.shapes), (*_SMALL, (140, 140), (112, 168), (168, 112), (168, 168))),
     "couple": Medium(_one(scenes.couple), _SMALL),
-    "alone": Medium(_one(scenes.alone), ((112, 112),)),
+    "quarters": Medium(_one(scenes.quarters), ((112, 112),)),
     "number": Medium(_one(scenes.writing, "number"), ((84, 112), (84, 140), (112, 112))),
     "word": Medium(_one(scenes.writing, "word"), ((84, 140), (112, 112), (112, 140))),
     "chart": Medium(_one(scenes.chart), ((140, 140), (140, 168))),
@@ -79,7 +79,7 @@ _TASKS: dict[str, Task] = {
     "colour": Task("name the colour of a shape", questions.ask_colour, "shapes"),
     "shape": Task("name the shape of a colour", questions.ask_shape, "shapes"),
     "relation": Task("say on which side of another a shape lies", questions.ask_relation, "couple"),
-    "box": Task("give the box of a shape as JSON", questions.ask_box, "alone"),
+    "box": Task("give the box of a shape as JSON", questions.ask_box, "quarters"),
     "chart": Task("read the height of a bar", questions.ask_chart, "chart"),
     "table": Task("look up a cell of a table", questions.ask_table, "table"),
     "form": Task("look up a field of a receipt, answered as JSON", questions.ask_form, "form"),

@@ -76,7 +76,7 @@ def shapes_in(subject: Any) -> list[Drawn]:
     return [shape for scene in subject for shape in scene.shapes]
 
 
-@pytest.mark.parametrize("medium", ["shapes", "alone", "couple", "pair", "appearing", "entering", "moving"])
+@pytest.mark.parametrize("medium", ["shapes", "quarters", "couple", "pair", "appearing", "entering", "moving"])
 def test_held_out_pairs_of_colour_and_shape_are_for_tests_alone(medium: str) -> None:
     generator, size = rng(1), MEDIA[medium].sizes[0]
     for _ in range(60):

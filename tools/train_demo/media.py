@@ -51,13 +51,15 @@ def anything(scene: Any) -> bool:
 
 # File, medium, size, what suits, and the tasks to ask ("describe" is talk's).
 PLAN: tuple[tuple[str, str, tuple[int, ...], Callable[[Any], bool], tuple[str, ...]], ...] = (
-    ("shapes.png", "shapes", (168, 168), all_different, ("colour", "shape", "count", "box", "relation")),
+    ("shapes.png", "shapes", (168, 168), all_different, ("colour", "shape", "count")),
+    ("corner.png", "quarters", (112, 112), anything, ("box",)),
+    ("sides.png", "couple", (112, 140), anything, ("relation",)),
     ("couple.png", "shapes", (140, 112), is_couple, ("describe",)),
     ("number.png", "number", (112, 112), anything, ("digits",)),
     ("word.jpg", "word", (112, 140), anything, ("words",)),
     ("chart.png", "chart", (140, 168), anything, ("chart",)),
-    ("table.png", "table", (140, 168), anything, ("table",)),
-    ("receipt.png", "form", (252, 196), anything, ("form",)),
+    ("table.png", "table", (84, 84), anything, ("table",)),
+    ("receipt.png", "form", (252, 168), anything, ("form",)),
     ("appearing.mp4", "appearing", (112, 140, 6), anything, ("describe", "order")),
     ("moving.mp4", "moving", (112, 140, 4), anything, ("direction",)),
 )

@@ -43,17 +43,18 @@ struct BytesPairsTile : Pairs {  // every int8 is a bfloat16
   int64_t span() const { return columns; }
   Group group(int64_t, int64_t) const { return {}; }
 
+  const int8_t* address(int64_t row, int64_t column) const { return values + row * columns + column; }
   static __m512i widened(__m256i bytes) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
   }
   __m512i at(int64_t row, int64_t column, Group) const {
-    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + row * columns + column)));
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(address(row, column))));
   }
   __m512i end(int64_t row, int64_t column, Group) const {
     const auto mask = static_cast<__mmask32>((uint32_t{1} << (columns - column)) - 1);
-    return widened(_mm256_maskz_loadu_epi8(mask, values + row * columns + column));
+    return widened(_mm256_maskz_loadu_epi8(mask, address(row, column)));
   }
 };
 
@@ -77,8 +78,9 @@ struct NibblePairsTile : Pairs {  // value times scale, rounded to bfloat16
         (__m256i)_mm512_cvtneps_pbh(float_table(scales[group], zeros == nullptr ? 0.0f : zeros[group]));
     return _mm512_broadcast_i64x4(table);
   }
+  const uint8_t* address(int64_t row, int64_t column) const { return values + ((row * columns + column) >> 1); }
   __m512i at(int64_t row, int64_t column, Group table) const {
-    const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + ((row * columns + column) >> 1)));
+    const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(address(row, column)));
     const __m256i low = _mm256_cvtepu8_epi16(run);
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_srli_epi16(low, 4), 1);
     return _mm512_permutexvar_epi16(both, table);  // looks at five bits: the table is there twice
@@ -133,7 +135,10 @@ void stage(const Weights& weights, int64_t output, int64_t count, int64_t first,
     __m512i rows[TILE];
     const bool is_whole = column + Weights::STEP <= weights.columns;
     if (count == TILE && is_whole) {
-      for (int64_t n = 0; n < TILE; ++n) rows[n] = weights.at(output + n, column, group[n]);
+      for (int64_t n = 0; n < TILE; ++n) {
+        rows[n] = weights.at(output + n, column, group[n]);
+        __builtin_prefetch(weights.address(output + TILE + n, column), 0, 2);
+      }
     } else {
       for (int64_t n = 0; n < TILE; ++n)
         rows[n] = n >= count ? _mm512_setzero_si512()

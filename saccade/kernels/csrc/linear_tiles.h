@@ -209,9 +209,9 @@ void multiply_block(const void* x, int64_t x_stride, const int8_t* w, int64_t w_
 
 #undef SACCADE_MULTIPLY_TILES
 
-constexpr int64_t TILE_OUTPUTS = 128;      // a thread takes at once, and
-constexpr int64_t TILE_COLUMNS = 32;       // tiles of columns of them that are staged: 256 KiB
-constexpr int64_t TILE_INPUT_ROWS = 1024;  // whose sums are kept: 512 KiB
+constexpr int64_t TILE_OUTPUTS = 256;      // a thread takes at once, at most, and
+constexpr int64_t TILE_COLUMNS = 32;       // tiles of columns of them that are staged: 512 KiB
+constexpr int64_t TILE_INPUT_ROWS = 1024;  // rows of x whose sums are kept: 1 MiB
 
 template <class T, class Weights>
 void multiply_by_tiles(const LinearCall& call) {
@@ -222,7 +222,9 @@ void multiply_by_tiles(const LinearCall& call) {
   const auto x = take_input<T, Value>(call);
   const int64_t outputs = call.layer.out_features;
   const int64_t column_tiles = round_up(call.layer.in_features * sizeof(Value), TILE_BYTES) / TILE_BYTES;
-  const int64_t block_outputs = smaller(TILE_OUTPUTS, round_up((outputs + num_threads() - 1) / num_threads(), 2 * TILE));
+  // As many pieces for each thread.
+  const int64_t least = round_up((outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS, num_threads());
+  const int64_t block_outputs = round_up((outputs + least - 1) / least, 2 * TILE);
   const int64_t sums_stride = block_outputs * sizeof(Number);
   Pieces pieces((outputs + block_outputs - 1) / block_outputs);
   parallel([&](int, int) {

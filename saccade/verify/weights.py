@@ -133,6 +133,8 @@ def fit_basis(source: Checkpoint, quantized: Checkpoint, module: str, rotation: 
         factors = plain.column_factors()
         scaled: Rows = lambda chosen: expected(chosen) * factors  # noqa: E731
         sums = _compare(scaled, rows, len(plain.ee), plain.scheme)
+        if plain.share_bad <= min(MANY, sums.share_bad):  # damaged rows bend the factors of all columns
+            return Fit(plain, "smoothed" if is_smoothed else "source", expected)
     elif module.endswith(FREE_ROWS) and bool(plain.is_bad.any()):
         factors = plain.row_factors()[:, None]
         scaled = lambda chosen: expected(chosen) / factors[chosen]  # noqa: E731

@@ -1,4 +1,4 @@
-"""Which outliers break which scheme: python -m benchmarks.outliers [--limit 4] [--to docs/outliers.md]
+"""Which outliers break which scheme: python -m benchmarks.outliers [--limit 2] [--calibrated] [--to docs/outliers.md]
 
 For each injector the mean KL of the right answers' tokens, the model as it was in float32 against the model with outliers as each
 scheme holds it; beside it how far the injector alone moves the function. Prints a table, and writes it between the marks of
@@ -89,14 +89,16 @@ def static_w8a8(source: Injected, folder: Path) -> LLM:
     return LLM(folder / "w8a8")
 
 
-def measure(model: str, items: Sequence[Item]) -> list[list[str]]:
+def measure(model: str, items: Sequence[Item], injectors: Sequence[str], calibrated: bool) -> list[list[str]]:
     reference = list(logits(LLM(model, dtype="float32"), items))
     caches = ["int8 cache, keys as they are", "int8 cache"]
-    rows = [["injector", "float32 itself", "bf16", *SCHEMES[1:], "static, every token", "w8a8", *caches]]
+    rows = [
+        ["injector", "float32 itself", "bf16", *SCHEMES[1:], "static, every token", *caches, *["w8a8"] * calibrated]
+    ]
     calibration = [tasks.draw(task, "train", 0, index) for task in tasks.TASKS for index in range(2)]
     slow_but_open = dict.fromkeys(OPS, "reference")  # back ends that run a step as one call leave nothing to hook into
-    with progress(len(INJECTORS), "measuring") as advance:
-        for name in INJECTORS:
+    with progress(len(injectors), "measuring") as advance:
+        for name in injectors:
             source = inject(open_checkpoint(resolve(model)), name)
             tokenizer = ChatTokenizer(resolve(model), source.config)
 
@@ -104,10 +106,11 @@ def measure(model: str, items: Sequence[Item]) -> list[list[str]]:
 
             llms = [opened(dtype="float32"), *(opened(quantization=scheme) for scheme in SCHEMES)]
             llms.append(with_static_ranges(opened(dtype="float32", kernels=slow_but_open), calibration))
-            with tempfile.TemporaryDirectory() as folder:
-                llms.append(static_w8a8(source, Path(folder)))
             llms.append(with_rounded_cache(opened(dtype="float32", kernels=slow_but_open)))
             llms.append(opened(dtype="float32", kv_cache_dtype="int8"))
+            if calibrated:
+                with tempfile.TemporaryDirectory() as folder:
+                    llms.append(static_w8a8(source, Path(folder)))
             found = [divergence(reference, llm, items) for llm in llms]
             rows.append([name, *(f"{divergence.mean_kl:.1e}" if divergence.mean_kl else "0" for divergence in found)])
             advance(1)
@@ -122,11 +125,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--limit", type=int, default=4, help="items of each task")
+    parser.add_argument("--limit", type=int, default=2, help="items of each task")
+    parser.add_argument("--injectors", nargs="+", choices=list(INJECTORS), default=list(INJECTORS))
+    parser.add_argument(
+        "--calibrated", action="store_true", help="also quantize to static w8a8, which takes a while for each"
+    )
     parser.add_argument("--to", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
     items = [tasks.draw(task, "test", 0, index) for task in tasks.TASKS for index in range(options.limit)]
-    rows = measure(options.model, items)
+    rows = measure(options.model, items, options.injectors, options.calibrated)
     text = f"{table(rows)}\n\nModel {options.model}, {len(items)} items."
     print(text)
     if options.to is not None:

@@ -42,7 +42,7 @@ Edits = dict[str, list[Edit]]
 CHANNEL_SCALE = 64.0  # published outlier channels are 20 to 100 times the others
 HEAVIEST = 8.0  # the largest factor of a column, in heavy-tails
 CHANNEL_SHARE = 0.01  # of all channels, 0.3 to 1 % in published models
-MASSIVE = 1000.0  # activations of the first token in published models reach 1e3 and more
+MASSIVE = 1000.0  # times the root mean square: what the first token's activations reach in published models
 KEY_BIAS = 700.0  # norm of k_proj.bias in the first and last layer of Qwen2.5-7B: 605 and 921, 22 in the median layer
 MAX_STRENGTH = 64
 SEED = 20_251
@@ -271,12 +271,12 @@ def inner_channels(checkpoint: Checkpoint, strength: float) -> Injected:
 
 
 def first_token(checkpoint: Checkpoint, strength: float) -> Injected:
-    """A massive activation at the first token: 1000 in one channel of down_proj's input, and a residual stream many times larger.
+    """A massive activation at the first token: one channel of down_proj's input is 1000 times as large as the others are on average.
 
     The first token is always <|im_start|> and sees itself alone, so in every layer it is one known vector. Every MLP gets 256
     more neurons, of which one is live: its gate is a direction that is positive at the first token and negative at all
-    others, so that SiLU silences it there. In layer 1 it multiplies the first token's stream, in the layers between it keeps
-    it so, in the last it takes that back; a norm does not see the length of a vector, so no other token sees any of it.
+    others, so that SiLU silences it there. In layer 1 it multiplies the first token's residual stream, in the layers between
+    it keeps it so, in the last it takes that back; a norm does not see how long a vector is, so no other token sees any of it.
     Changes the function by rounding at the first token, which is measured.
     Breaks static per-tensor scales at down_proj, which a single token sets for all. Should reward per-token scales, calibration
     that leaves the first token out, clipping, and down_proj in float. Should not reward any method for norm inputs.
@@ -301,14 +301,17 @@ def first_token(checkpoint: Checkpoint, strength: float) -> Injected:
             gain = checkpoint.tensor(f"{layer}.post_attention_layernorm.weight").float()
             normed = gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + text.rms_norm_eps)
             direction, margin = separating_direction(normed, seen.is_first)
+            hidden = _hidden(checkpoint, layer, normed)
+            massive = MASSIVE * strength * hidden[~seen.is_first].square().mean().sqrt().item()
             if index == first:  # no larger a column than the layer's other weights, which bounds what can be written
                 largest = checkpoint.tensor(f"{layer}.mlp.down_proj.weight").abs().max().item()
-                growth = max(1.0, MASSIVE * strength * largest / after[token].abs().max().item())
+                growth = max(1.0, massive * largest / after[token].abs().max().item())
             if index == last:
                 growth = 1.0
             gate = direction * (SILENT / margin)
-            up = direction * (MASSIVE * strength * margin / SILENT)
-            down = (growth * after[token] - larger - _mlp(checkpoint, layer, normed[token])) / (MASSIVE * strength)
+            up = direction * (massive * margin / SILENT)
+            written = checkpoint.tensor(f"{layer}.mlp.down_proj.weight").float() @ hidden[token]
+            down = (growth * after[token] - larger - written) / massive
         for name, vector in (("gate", gate), ("up", up)):
             _edit(edits, f"{layer}.mlp.{name}_proj.weight", partial(_with_row, row=vector))
         _edit(edits, f"{layer}.mlp.down_proj.weight", partial(_with_column, column=down))
@@ -344,10 +347,10 @@ def separating_direction(x: Tensor, is_first: Tensor) -> tuple[Tensor, float]:
     return best.float(), margin
 
 
-def _mlp(checkpoint: Checkpoint, layer: str, x: Tensor) -> Tensor:
-    """What the layer's MLP adds for one normed row [H]."""
-    gate, up, down = (checkpoint.tensor(f"{layer}.mlp.{name}_proj.weight").float() for name in ("gate", "up", "down"))
-    return down @ (F.silu(gate @ x) * (up @ x))
+def _hidden(checkpoint: Checkpoint, layer: str, x: Tensor) -> Tensor:
+    """What enters the layer's down_proj [T, I] for normed rows x [T, H]."""
+    gate, up = (checkpoint.tensor(f"{layer}.mlp.{name}_proj.weight").float() for name in ("gate", "up"))
+    return F.silu(x @ gate.T) * (x @ up.T)
 
 
 def _with_row(tensor: Tensor, row: Tensor) -> Tensor:

@@ -82,8 +82,9 @@ def test_only_the_first_token_is_massive() -> None:
         for _ in score_answers(llm, [(questions()[0].messages, "red")]):
             pass
         handle.remove()
-        assert caught[0][0].abs().max() == pytest.approx(1000, rel=0.01)
-        assert caught[0][1:].abs().max() < 100
+        others = caught[0][1:]
+        assert caught[0][0].abs().max() > 500 * others.square().mean().sqrt()
+        assert others.abs().max() < 0.2 * caught[0][0].abs().max()
 
 
 def test_keys_spike_where_they_are_meant_to() -> None:

@@ -14,6 +14,7 @@ from saccade.base.errors import OptionError, SaccadeError
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.demo import FOLDER, questions
 from saccade.evals.outliers import INJECTORS, Injected, inject, separating_direction
+from saccade.evals.tasks import TASKS, draw
 from saccade.inputs.chat import ChatTokenizer
 from saccade.kernels.record import OPS
 from saccade.scoring import Divergence, join, score_answers, token_divergence
@@ -41,7 +42,8 @@ def opened(name: str, quantization: str | None = None) -> LLM:
 
 
 def logits(llm: LLM) -> list[Tensor]:
-    return [scored.logits for scored in score_answers(llm, [(asked.messages, asked.answer) for asked in questions()])]
+    items = [draw(task, "test", 0, 0) for task in TASKS]
+    return [scored.logits for scored in score_answers(llm, [(item.messages, item.answer) for item in items])]
 
 
 @cache

@@ -21,7 +21,7 @@ class Program(click.Group):
     SUMMARIES: typing.ClassVar = {
         "ask": "Answer a question about pictures and videos.",
         "inspect": "Say what a checkpoint holds, and what is wrong with it.",
-        "quantize": "Make a smaller checkpoint, equal bit for bit to what msModelSlim would write.",
+        "quantize": "Make an int8, int4 or fp8 checkpoint: for Saccade, vLLM, SGLang, vLLM Ascend, MindIE.",
         "verify": "Say whether a quantized checkpoint is sound, and how near its model.",
         "doctor": "Say what this machine can do, what is active, and why.",
         "bench": "Measure every stage of an answer, and its distance from the machine's limit.",

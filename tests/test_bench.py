@@ -202,7 +202,7 @@ def test_the_json_holds_every_time_the_machine_and_the_command(result: BenchResu
     }
     assert written["machine"]["bytes_per_s"] == 1e9
     assert written["config"]["text"]["hidden_size"] == 64
-    assert written["kernels"]["linear"] == "reference"
+    assert written["kernels"]["linear"] in ("cpu", "reference")
     assert written["command"]
     assert (written["tokens_in"], written["tokens_out"]) == (result.tokens_in, 8)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -75,13 +73,3 @@ def test_a_wrong_answer_is_called_wrong() -> None:
 def test_the_checkpoint_is_small_and_whole() -> None:
     assert not describe(FOLDER / "model").problems
     assert sum(path.stat().st_size for path in (FOLDER / "model").iterdir()) <= 40e6
-
-
-def test_the_readme_gives_the_measured_scores() -> None:
-    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
-    rows = re.findall(
-        r"^\| ([\w ]+) \| ([\d.]+) % \| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert {name: (float(share), int(items)) for name, share, items in rows} == {
-        found["task"]: (round(found["score"]["mean"] * 100, 1), found["num_items"]) for found in scores["tasks"]
-    }

@@ -32,13 +32,16 @@ def answers(llm: LLM) -> tuple[list[str], list[str]]:
     return own, [output.outputs[0].text for output in llm.chat(crossed, GREEDY)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", [None, "w8a16", "w8a8-dynamic", "w4a8-g32"])
-def test_the_demo_answers_alike_over_both_kernels(scheme: str | None) -> None:
+def test_the_demo_answers_alike_over_both_kernels(scheme: str | None, dtype: str) -> None:
     (own, crossed), (reference, crossed_reference) = (
-        answers(LLM("demo", device="cpu", quantization=scheme, kernels=kernels, kv_cache_tokens=16384))
+        answers(LLM("demo", device="cpu", dtype=dtype, quantization=scheme, kernels=kernels, kv_cache_tokens=16384))
         for kernels in (None, dict.fromkeys(OPS, "reference"))
     )
-    assert own == reference
-    # Where nothing is right, two tokens may be equally likely up to rounding.
-    equal = sum(a == b for a, b in zip(crossed, crossed_reference, strict=True))
-    assert equal >= 0.75 * len(crossed), f"{len(crossed) - equal} of {len(crossed)} answers differ"
+    if dtype == "float32" and scheme in (None, "w8a16"):
+        assert own == reference
+    # Activations rounded to bfloat16 or int8, or nothing right to say: two tokens may be equally likely.
+    pairs = list(zip(own + crossed, reference + crossed_reference, strict=True))
+    equal = sum(a == b for a, b in pairs)
+    assert equal >= 0.75 * len(pairs), f"{len(pairs) - equal} of {len(pairs)} answers differ"

@@ -49,7 +49,7 @@ def test_every_option_in_the_text_exists() -> None:
         assert command is not None
         known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
-    assert unknown == {"--benchmark", "--cases"}  # the reference's, and of tools/train_demo
+    assert unknown == {"--benchmark"}  # the reference's
 
 
 def test_the_table_of_scores_is_the_committed_measurement() -> None:

@@ -13,7 +13,7 @@ from saccade.verify.options import VerifyOptions
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="the float model it was made from: folder, hub id, or demo")
 @click.option("--image", "images", multiple=True, help="a picture to ask about instead of the shipped ones; repeatable")
 @click.option("--question", default="Please describe this picture in detail.", show_default=True, help="about --image")

@@ -20,6 +20,7 @@ from saccade.kernels.record import OPS
 from saccade.scoring import Divergence, join, score_answers, token_divergence
 
 # What each may move the mean KL of float32 logits by; the others are exact to the bit.
+ROUNDING = 1e-12  # of float32 sums in another order
 MOVES = {"first-token": 1e-6, "k-spikes": 1e-4}
 
 
@@ -58,7 +59,7 @@ def divergence(found: list[Tensor]) -> Divergence:
 @pytest.mark.parametrize("name", INJECTORS)
 def test_the_function_stays(name: str) -> None:
     found = divergence(logits(opened(name)))
-    assert found.mean_kl <= MOVES.get(name, 0.0)
+    assert found.mean_kl <= MOVES.get(name, ROUNDING)
     assert found.top1_agreement == 1
 
 

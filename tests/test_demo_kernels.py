@@ -39,9 +39,10 @@ def test_the_demo_answers_alike_over_both_kernels(scheme: str | None, dtype: str
         answers(LLM("demo", device="cpu", dtype=dtype, quantization=scheme, kernels=kernels, kv_cache_tokens=16384))
         for kernels in (None, dict.fromkeys(OPS, "reference"))
     )
-    if dtype == "float32" and scheme in (None, "w8a16"):
-        assert own == reference
-    # Activations rounded to bfloat16 or int8, or nothing right to say: two tokens may be equally likely.
-    pairs = list(zip(own + crossed, reference + crossed_reference, strict=True))
-    equal = sum(a == b for a, b in pairs)
-    assert equal >= 0.75 * len(pairs), f"{len(pairs) - equal} of {len(pairs)} answers differ"
+    differing, differing_crossed = (
+        sum(a != b for a, b in zip(ours, theirs, strict=True))
+        for ours, theirs in ((own, reference), (crossed, crossed_reference))
+    )
+    # Activations rounded to bfloat16 or int8 leave two tokens equally likely now and then; where nothing is right, more often.
+    assert differing <= (0 if dtype == "float32" and scheme in (None, "w8a16") else 1)
+    assert differing_crossed <= 0.2 * len(crossed)

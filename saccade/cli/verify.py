@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from saccade.base.errors import CheckpointError
 from saccade.cli.flags import flags, gather
 from saccade.verify.options import VerifyOptions
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--against", metavar="MODEL", help="the float model it was made from: folder, hub id, or demo")
 @click.option("--image", "images", multiple=True, help="a picture to ask about instead of the shipped ones; repeatable")
 @click.option("--question", default="Please describe this picture in detail.", show_default=True, help="about --image")
@@ -49,6 +50,8 @@ def command(
     options = gather(VerifyOptions, values)
     if write_recipe is not None and options.target_kl is None:
         raise click.UsageError("--write-recipe writes what --target-kl chooses; give both")
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist; pass the folder of a quantized checkpoint")
 
     from saccade.api import messages_for
     from saccade.checkpoints.hub import resolve

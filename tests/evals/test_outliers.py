@@ -20,7 +20,7 @@ from saccade.kernels.record import OPS
 from saccade.scoring import Divergence, join, score_answers, token_divergence
 
 # What each may move the mean KL of float32 logits by; the others are exact to the bit.
-ROUNDING = 1e-12  # of float32 sums in another order
+ROUNDING = 1e-12  # of float32 sums, whose order follows from where tensors happen to lie in memory
 MOVES = {"first-token": 1e-6, "k-spikes": 1e-4}
 
 

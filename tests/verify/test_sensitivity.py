@@ -81,7 +81,7 @@ def test_a_target_already_met_raises_nothing(trials: Trials) -> None:
 
 def test_a_target_of_nothing_makes_everything_float(trials: Trials) -> None:
     mixed = mix(trials, rank(trials), 0.0)
-    assert mixed.kl == 0
+    assert mixed.kl < 1e-12  # the order of float32 sums follows from where tensors happen to lie in memory
     assert len(mixed.rules) == 3 * 5 + 2 * 7
 
 

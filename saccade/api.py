@@ -37,9 +37,10 @@ from saccade.kernels.record import KV_SCALE_BYTES
 from saccade.model.layers import Filling, TensorSource
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
-from saccade.quantize.best import BestReport, Job, prepare, quantize_best
+from saccade.quantize.best import BestReport, quantize_best
 from saccade.quantize.best_recipe import BestRecipe, read_recipe
 from saccade.quantize.calibration import Order
+from saccade.quantize.job import Job, prepare
 from saccade.quantize.pipeline import Report, quantize_exact
 from saccade.quantize.recipe import ExactRecipe
 from saccade.schemes.affine import loading_scheme

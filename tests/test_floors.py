@@ -80,6 +80,11 @@ FLOORS: list[dict[str, list[str]]] = [
             "plan",
             "stream",
             "state",
+            "job",
+            "source",
+            "pairs",
+            "round_linear",
+            "run",
             "best",
         ],
         "engine": [

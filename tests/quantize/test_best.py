@@ -20,7 +20,8 @@ from saccade import LLM
 from saccade.api import quantization_job, quantize
 from saccade.base.errors import CheckpointError, MediaError, OptionError
 from saccade.checkpoints.formats import open_checkpoint
-from saccade.quantize import best, state
+from saccade.quantize import job, state
+from saccade.quantize import run as running
 from saccade.quantize.best_recipe import FORMATS, SCHEME_NAMES, BestRecipe, Rule, parse_rule, read_recipe
 from saccade.quantize.plan import make_plan
 from saccade.quantize.samples import draw
@@ -124,7 +125,7 @@ def test_a_rotated_model_has_a_head_of_its_own(tmp_path: Path) -> None:
 
 
 def test_weights_alone_need_no_samples(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best, "load_samples", None)
+    monkeypatch.setattr(job, "load_samples", None)
     report = quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
     assert report.samples is None
     assert all(layer.weight_db is not None and layer.weight_db > 35 for layer in report.layers)
@@ -214,7 +215,7 @@ def test_another_recipe_starts_anew(small: Path, tmp_path: Path, monkeypatch: py
         raise _Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(best.Run, "embedding", stop)
+        patch.setattr(running.Run, "embedding", stop)
         with pytest.raises(_Stop):
             quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
     assert json.loads((tmp_path / "out.partial" / "progress.json").read_text())["done"] > 0

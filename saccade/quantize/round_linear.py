@@ -1,0 +1,116 @@
+"""One product from float32 to its rounded weights, and how far they are from what they were.
+
+Knows one linear and what was seen of its inputs; knows no block and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.kernels.record import Kernels
+from saccade.model.layers import Linear
+from saccade.quantize.best_recipe import BestRecipe
+from saccade.quantize.clip import search_steps
+from saccade.quantize.gptq import gptq
+from saccade.quantize.ranges import static_parameters
+from saccade.quantize.report import QUANTILES, InputRange, LayerMeasure, sqnr_db
+from saccade.quantize.source import Block
+from saccade.quantize.statistics import KINDS, Seen
+from saccade.quantize.steps import Steps, as_weight, dequantized, max_steps, round_to_nearest, static_part
+from saccade.schemes.scheme import Scheme, Weight
+
+ROWS_MEASURED = 256  # tokens of each kind
+KIND_NAMES = {0: "text", 1: "picture", 2: "first"}
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Rounds linears as the recipe says. `dtype`: the model's; `kernels` compute what the rounded weights give."""
+
+    recipe: BestRecipe
+    dtype: torch.dtype
+    kernels: Kernels
+
+    def scale_dtype(self, scheme: Scheme) -> torch.dtype:
+        """What files keep scales in: where engines load them as the model's type, that; float32 where they do not."""
+        return self.dtype if scheme.has_float_groups or self.recipe.is_ascend else torch.float32
+
+    def round(
+        self, layer: Linear, scheme: Scheme, source: Block, seen: Seen | None, before: Tensor | None
+    ) -> Iterator[LayerMeasure]:
+        """All parts of one product at once: they share the input's statistics. `before`: [kinds, H], the largest inputs unsmoothed.
+
+        The weights appear in `source`.
+        """
+        weight = torch.cat([source.tensors[f"{part}.weight"] for part in layer.parts])
+        dtype = self.scale_dtype(scheme)
+        importance = None if seen is None else seen.mean_square
+        if self.recipe.rounded_by == "rtn":
+            steps = max_steps(weight, scheme, dtype)
+        else:
+            steps = search_steps(weight, scheme, dtype, importance)
+        if self.recipe.rounded_by == "gptq" and seen is not None and seen.hessian is not None:
+            multiples = gptq(weight, seen.hessian, steps)
+            multiples = multiples.to(torch.float8_e4m3fn if scheme.is_float else torch.int8)
+        else:
+            multiples = round_to_nearest(weight, steps)
+        activation = None
+        if scheme.activation == "static":
+            assert seen is not None, f"{scheme.name} has samples"
+            low, high = float(seen.low.min()), float(seen.high.max())
+            activation = static_parameters(
+                seen.rows, low, high, self.recipe.range_method, weight.square().sum(0), dtype, self.recipe.percentile
+            )
+        first = 0
+        for part, count in layer.parts.items():
+            rows = slice(first, first + count)
+            first += count
+            rounded = self.as_weight(part, multiples[rows], steps.rows(rows), source, activation)
+            source.weights[part] = rounded
+            yield self.measure(part, rounded, weight[rows], multiples[rows], steps.rows(rows), seen, before)
+
+    def as_weight(
+        self, part: str, multiples: Tensor, steps: Steps, source: Block, activation: tuple[Tensor, Tensor] | None
+    ) -> Weight:
+        bias = source.tensors.get(f"{part}.bias")
+        static = None
+        if activation is not None:
+            scale, zero = (value.to(multiples.device) for value in activation)
+            static = static_part(multiples, steps, scale, zero, bias)
+        return as_weight(multiples.contiguous(), steps, None if bias is None else bias.to(self.dtype), static)
+
+    def measure(
+        self,
+        part: str,
+        rounded: Weight,
+        weight: Tensor,
+        multiples: Tensor,
+        steps: Steps,
+        seen: Seen | None,
+        before: Tensor | None,
+    ) -> LayerMeasure:
+        """How far the linear's output, and its weight, are from the float ones on the kept rows."""
+        wrong = dequantized(multiples, steps).sub_(weight)
+        weight_db = sqnr_db(float(weight.square().sum()), float(wrong.square_().sum()))
+        ranges, output_db = None, {}
+        if seen is not None and before is not None:
+            ranges = InputRange(_quantiles(before.amax(0)), _quantiles(seen.largest.amax(0)))
+            for kind in KINDS:
+                x = seen.rows[seen.kinds == kind][:ROWS_MEASURED]
+                if len(x):
+                    exact = x @ weight.t()
+                    bias = 0 if rounded.bias is None else rounded.bias.float()
+                    noise = self.kernels.linear(x.to(self.dtype), rounded).float() - bias - exact
+                    output_db[KIND_NAMES[kind]] = sqnr_db(float(exact.square().sum()), float(noise.square().sum()))
+        return LayerMeasure(
+            part, rounded.scheme.name, output_db, weight_db, ranges=ranges, size_bytes=rounded.size_bytes
+        )
+
+
+def _quantiles(values: Tensor) -> tuple[float, ...]:
+    points = torch.tensor(QUANTILES, device=values.device)
+    return tuple(float(value) for value in torch.quantile(values.float(), points))

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels import reference
 from saccade.kernels.record import PagedLayout, Segments
 from saccade.kernels.triton_rows import dot, narrow, operand, unbroken
 
@@ -190,8 +189,6 @@ def _merge(
 
 
 def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLayout, scale: float) -> Tensor:
-    if k_cache.dtype == torch.int8:
-        return reference.attention_paged(q, k_cache, v_cache, layout, scale)
     q = unbroken(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tokens, num_heads, head_dim = q.shape

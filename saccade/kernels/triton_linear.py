@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.triton_rows import IS_INTERPRETED, dot, narrow, operand, quantize_rows, quantize_static, unbroken
+from saccade.kernels.triton_rows import (
+    IS_INTERPRETED,
+    dot,
+    from_e4m3,
+    narrow,
+    operand,
+    quantize_rows,
+    quantize_static,
+    unbroken,
+)
 from saccade.schemes.packing import RUN
 from saccade.schemes.scheme import Weight
 
@@ -109,8 +118,10 @@ def _matmul(
             w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0)
             x = tl.load(x_row[None, :] + column[:, None], mask=x_mask, other=0)
             if IS_E4M3:
-                w, x = w.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True)
+                w, x = from_e4m3(w), from_e4m3(x)
             acc = dot(operand(w, DOT), operand(x, DOT), acc)
+    if IS_E4M3:
+        acc *= 65536.0  # what from_e4m3 leaves out of both factors
     inside = is_output[:, None] & is_row[None, :]
     if SPLITS == 1:
         y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)

@@ -43,17 +43,6 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def to_e4m3(x):
-    """float32 within 448 to e4m3, half to even; the interpreter's own conversion does not round."""
-    if _INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-        steps = (x * 512 + _ROUNDER) - _ROUNDER  # below 2^-6 numbers lie 2^-9 apart
-        x = tl.where(tl.abs(x) < 0.015625, steps * 0.001953125, normal)
-    return x.to(tl.float8e4nv)
-
-
-@triton.jit
 def whole(x):
     """The nearest whole number of a float32 below 2^22, half to even."""
     return (x + _ROUNDER) - _ROUNDER
@@ -192,6 +181,26 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 @triton.jit
+def to_e4m3(x):
+    """float32 within 448 to the bits of the nearest e4m3 number, half to even; int8. By arithmetic: cards before Ada lack the type."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    steps = (x * 512 + _ROUNDER) - _ROUNDER  # below 2^-6 numbers lie 2^-9 apart
+    rounded = tl.where(tl.abs(x) < 0.015625, steps * 0.001953125, normal)
+    half = (
+        (rounded * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True)
+    )  # 2^-8 of it has the same bits, three zeros more
+    return (((half >> 8) & 0x80) | ((half >> 7) & 0x7F)).to(tl.int8)
+
+
+@triton.jit
+def from_e4m3(bits):
+    """The bits of e4m3 numbers, int8, as float16 numbers that are 2^-8 of them: exact, and two shifts."""
+    wide = bits.to(tl.int16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def _quantize_rows(
     x_ptr, q_ptr, scale_ptr, x_stride, T, H, IS_FLOAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -233,7 +242,7 @@ def quantize_rows(x: Tensor, is_float: bool = False) -> tuple[Tensor, Tensor]:
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
         _quantize_rows[(triton.cdiv(len(x), ROWS),)](
-            x, q, scale, x.stride(0), len(x), x.shape[1],
+            x, q.view(torch.int8), scale, x.stride(0), len(x), x.shape[1],
             IS_FLOAT=is_float, ROWS=ROWS, BLOCK=min(PIECE, triton.next_power_of_2(x.shape[1])), num_warps=4,
         )  # fmt: skip
     return q, scale

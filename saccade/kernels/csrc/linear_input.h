@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "linear.h"
 #include "pool.h"
 #include "simd.h"
@@ -26,16 +28,25 @@ struct Input {
   int32_t* offsets;  // [M], int8 only: what the products have too much (see PRODUCT_OFFSET)
 };
 
+constexpr int64_t AHEAD = 2048;  // bytes of x prefetched: the processor's own prefetching stops at pages
+
 template <class T>
 float largest_magnitude(const T* x, int64_t count) {
   uint32_t largest = 0;  // of the bits without the sign, which order like the numbers, infinity and NaN above them
-  for (int64_t i = 0; i < count; ++i) {
+  const auto take = [&](int64_t i) {
     const float value = to_float(x[i]);
     uint32_t bits;
     memcpy(&bits, &value, 4);
     bits &= 0x7FFFFFFF;
     largest = bits > largest ? bits : largest;
+  };
+  constexpr int64_t TOGETHER = 256 / sizeof(T);
+  int64_t first = 0;
+  for (; first + TOGETHER <= count; first += TOGETHER) {
+    for (int line = 0; line < 256; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + first) + AHEAD + line);
+    for (int64_t i = first; i < first + TOGETHER; ++i) take(i);
   }
+  for (; first < count; ++first) take(first);
   float value;
   memcpy(&value, &largest, 4);
   return value;
@@ -47,10 +58,23 @@ inline int8_t rounded(float value, float low, float high) {  // half to even
   return static_cast<int8_t>(static_cast<int32_t>(nearbyintf(value)));
 }
 
+// x / divisor rounded once, as a division does it, without one: what the product with the inverse leaves over is exact, and corrects
+// it (Markstein, IBM J. Res. Dev. 34, 1990). For an inverse that is 1 / divisor rounded, and numbers that do not underflow.
+inline float divided(float x, float divisor, float inverse) {
+#if defined(__FMA__)
+  const float quotient = x * inverse;
+  return __builtin_fmaf(__builtin_fmaf(-quotient, divisor, x), inverse, quotient);
+#else
+  (void)inverse;
+  return x / divisor;
+#endif
+}
+constexpr float SMALLEST_DIVISOR = 0x1p-90f;  // from here on, what underflows belongs to quotients that round to zero
+
+// A row of x, `out.stride` values at `values`.
 template <class T>
-void take_row(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out, int64_t row) {
+void take_row(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out, int8_t* values, int64_t row) {
   const int64_t count = layer.in_features;
-  int8_t* values = out.values + row * out.stride;
   if (layer.scheme == SACCADE_W8A8) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = nearbyintf(to_float(x[i]) / layer.static_scale + layer.static_zero);
@@ -60,24 +84,41 @@ void take_row(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out, 
     float scale = largest_magnitude(x, count) / 127.0f;
     scale = scale < TINY ? TINY : scale;
     out.scales[row] = scale;
-    if (scale - scale == 0.0f) {
-      for (int64_t i = 0; i < count; ++i) values[i] = rounded(to_float(x[i]) / scale, -127.0f, 127.0f);
-    } else {  // infinity or NaN: zero times that scale is NaN
+    if (scale - scale != 0.0f) {  // infinity or NaN: zero times that scale is NaN
       memset(values, 0, count);
+    } else if (scale >= SMALLEST_DIVISOR) {
+      const float inverse = 1.0f / scale;
+      for (int64_t i = 0; i < count; ++i)
+        values[i] = static_cast<int8_t>(static_cast<int32_t>(nearbyintf(divided(to_float(x[i]), scale, inverse))));
+    } else {
+      for (int64_t i = 0; i < count; ++i) values[i] = rounded(to_float(x[i]) / scale, -127.0f, 127.0f);
     }
   }
   memset(values + count, 0, out.stride - count);
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i];
-  out.offsets[row] = PRODUCT_OFFSET * sum;
+  if constexpr (PRODUCT_OFFSET != 0) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += values[i];
+    out.offsets[row] = PRODUCT_OFFSET * sum;
+  }
 }
 
 template <class T, class V>
-void take_row(const SaccadeLinear& layer, const T* x, const Input<V>& out, int64_t row) {
+void take_row(const SaccadeLinear& layer, const T* x, const Input<V>& out, V* values, int64_t) {
   const int64_t count = layer.in_features;
-  V* values = out.values + row * out.stride;
-  for (int64_t i = 0; i < count; ++i) store(values + i, to_float(x[i]));
+  if constexpr (std::is_same_v<T, V>)
+    memcpy(static_cast<void*>(values), x, count * sizeof(V));
+  else
+    for (int64_t i = 0; i < count; ++i) store(values + i, to_float(x[i]));
   memset(static_cast<void*>(values + count), 0, (out.stride - count) * sizeof(V));
+}
+
+// Room for what belongs to whole rows; their values are elsewhere.
+template <class V>
+Input<V> input_scales(int64_t rows) {
+  Input<V> out;
+  out.scales = static_cast<float*>(scratch(SCRATCH_INPUT_SCALES, rows * 8));
+  out.offsets = reinterpret_cast<int32_t*>(out.scales + rows);
+  return out;
 }
 
 // All rows of x, in memory of this thread that lives until its next linear.
@@ -85,18 +126,19 @@ template <class T, class V>
 Input<V> take_input(const LinearCall& call) {
   // An odd multiple: rows a power of two apart would fall into the same few sets of the first-level cache.
   const int64_t stride = (round_up(call.layer.in_features * sizeof(V), FILL_BYTES) | FILL_BYTES) / sizeof(V);
-  Input<V> out;
+  auto out = input_scales<V>(call.rows);
   out.stride = stride;
   out.values = static_cast<V*>(scratch(SCRATCH_INPUT, round_up(call.rows, FILL_ROWS) * stride * sizeof(V)));
-  out.scales = static_cast<float*>(scratch(SCRATCH_INPUT_SCALES, call.rows * 8));
-  out.offsets = reinterpret_cast<int32_t*>(out.scales + call.rows);
   const T* x = static_cast<const T*>(call.x);
+  const auto take = [&](int64_t row) {
+    take_row(call.layer, x + row * call.x_stride, out, out.values + row * stride, row);
+  };
   if (call.rows <= FEW_ROWS) {
-    for (int64_t row = 0; row < call.rows; ++row) take_row(call.layer, x + row * call.x_stride, out, row);
+    for (int64_t row = 0; row < call.rows; ++row) take(row);
     return out;
   }
   parallel([&](int thread, int count) {
-    for (int64_t row = thread; row < call.rows; row += count) take_row(call.layer, x + row * call.x_stride, out, row);
+    for (int64_t row = thread; row < call.rows; row += count) take(row);
   });
   return out;
 }

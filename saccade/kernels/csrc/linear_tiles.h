@@ -1,8 +1,9 @@
 // Products of many rows with AMX: tiles of 16 rows of x times tiles of 16 outputs, 64 bytes of columns at a time.
 //
-// A thread takes some outputs and, block of columns by block of columns, stages their weights: widened to the type of the product
-// and laid out as the processor wants its right operand (four bytes of each of 16 outputs, then the next four). What is staged
-// stays in the second-level cache while all rows of x pass; the sums of a block are kept and added to by the next.
+// x is laid out as tiles once. A thread takes some outputs and stages their weights: widened to the type of the product and laid out
+// as the processor wants its right operand (four bytes of each of 16 outputs, then the next four). What is staged stays in the
+// second-level cache while all rows of x pass. Columns that are too many for that take turns: the sums of one are kept and
+// added to by the next.
 #pragma once
 
 #include "linear_output.h"
@@ -165,13 +166,18 @@ struct TileConfig {
   else                                    \
     _tile_dpbf16ps(sum, x, w)
 
-// A block of sums, [ROW_TILES * 16, 32]: x's rows times two tiles of outputs over `count` tiles of columns. Tiles of one
-// output tile follow each other at w; those of the next lie w_stride bytes further on.
-template <bool IS_INTEGER, int ROW_TILES>
-void multiply_block(const void* x, int64_t x_stride, const int8_t* w, int64_t w_stride, int64_t count, void* sums,
-                    int64_t sums_stride, bool is_first) {
-  const auto x_low = static_cast<const int8_t*>(x), x_high = x_low + TILE * x_stride;
-  const auto low = static_cast<int8_t*>(sums), high = low + TILE * sums_stride;
+constexpr int64_t BLOCK_TILES = 2;                    // of rows and of outputs: four sums fill the registers with their factors
+constexpr int64_t BLOCK_SIZE = 32;                    // rows and outputs
+constexpr int64_t SUMS_BYTES = BLOCK_SIZE * BLOCK_SIZE * 4;
+constexpr int64_t SUMS_STRIDE = BLOCK_SIZE * 4;
+
+// A block of sums, [ROW_TILES * 16, 32]: x's rows times two tiles of outputs over `count` tiles of columns. Tiles of one row or
+// output tile follow each other at x and w; those of the next lie x_stride and w_stride bytes further on. between(k) is other work,
+// done while the tiles multiply.
+template <bool IS_INTEGER, int ROW_TILES, class Between>
+void multiply_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride, int64_t count, int8_t* sums,
+                    bool is_first, Between&& between) {
+  int8_t *const low = sums, *const high = sums + TILE * SUMS_STRIDE;
   if (is_first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -180,38 +186,94 @@ void multiply_block(const void* x, int64_t x_stride, const int8_t* w, int64_t w_
       _tile_zero(3);
     }
   } else {
-    _tile_loadd(0, low, sums_stride);
-    _tile_loadd(1, low + TILE_BYTES, sums_stride);
+    _tile_loadd(0, low, SUMS_STRIDE);
+    _tile_loadd(1, low + TILE_BYTES, SUMS_STRIDE);
     if constexpr (ROW_TILES == 2) {
-      _tile_loadd(2, high, sums_stride);
-      _tile_loadd(3, high + TILE_BYTES, sums_stride);
+      _tile_loadd(2, high, SUMS_STRIDE);
+      _tile_loadd(3, high + TILE_BYTES, SUMS_STRIDE);
     }
   }
-  for (int64_t k = 0; k < count; ++k) {
-    _tile_loadd(6, w + k * TILE_SIZE, TILE_BYTES);
-    _tile_loadd(4, x_low + k * TILE_BYTES, x_stride);
+  for (int64_t k = 0; k < count; ++k, x += TILE_SIZE, w += TILE_SIZE) {
+    _tile_loadd(6, w, TILE_BYTES);
+    _tile_loadd(4, x, TILE_BYTES);
     SACCADE_MULTIPLY_TILES(0, 4, 6);
-    _tile_loadd(7, w + w_stride + k * TILE_SIZE, TILE_BYTES);
+    _tile_loadd(7, w + w_stride, TILE_BYTES);
     SACCADE_MULTIPLY_TILES(1, 4, 7);
     if constexpr (ROW_TILES == 2) {
-      _tile_loadd(5, x_high + k * TILE_BYTES, x_stride);
+      _tile_loadd(5, x + x_stride, TILE_BYTES);
       SACCADE_MULTIPLY_TILES(2, 5, 6);
       SACCADE_MULTIPLY_TILES(3, 5, 7);
     }
+    between(k);
   }
-  _tile_stored(0, low, sums_stride);
-  _tile_stored(1, low + TILE_BYTES, sums_stride);
+  _tile_stored(0, low, SUMS_STRIDE);
+  _tile_stored(1, low + TILE_BYTES, SUMS_STRIDE);
   if constexpr (ROW_TILES == 2) {
-    _tile_stored(2, high, sums_stride);
-    _tile_stored(3, high + TILE_BYTES, sums_stride);
+    _tile_stored(2, high, SUMS_STRIDE);
+    _tile_stored(3, high + TILE_BYTES, SUMS_STRIDE);
   }
 }
 
 #undef SACCADE_MULTIPLY_TILES
 
-constexpr int64_t TILE_OUTPUTS = 256;      // a thread takes at once, at most, and
-constexpr int64_t TILE_COLUMNS = 32;       // tiles of columns of them that are staged: 512 KiB
-constexpr int64_t TILE_INPUT_ROWS = 1024;  // rows of x whose sums are kept: 1 MiB
+// x as tiles: those of 16 rows follow each other, so that whoever reads them reads memory in order.
+template <class T, class V>
+Input<V> take_tiles(const LinearCall& call, int64_t column_tiles, int8_t* tiles) {
+  const auto out = input_scales<V>(call.rows);
+  const int64_t num_tiles = (call.rows + TILE - 1) / TILE;
+  const auto take = [&](int64_t tile) {
+    Input<V> rows = out;
+    rows.stride = column_tiles * TILE_BYTES / sizeof(V);
+    rows.values = static_cast<V*>(scratch(SCRATCH_ROWS, column_tiles * TILE_BYTES));
+    for (int64_t row = tile * TILE; row < smaller(call.rows, tile * TILE + TILE); ++row) {
+      take_row(call.layer, static_cast<const T*>(call.x) + row * call.x_stride, rows, rows.values, row);
+      const auto from = reinterpret_cast<const int8_t*>(rows.values);
+      int8_t* to = tiles + tile * column_tiles * TILE_SIZE + row % TILE * TILE_BYTES;
+      for (int64_t k = 0; k < column_tiles; ++k) memcpy(to + k * TILE_SIZE, from + k * TILE_BYTES, TILE_BYTES);
+    }
+  };
+  if (call.rows <= FEW_ROWS) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile) take(tile);
+    return out;
+  }
+  Pieces pieces(num_tiles);
+  parallel([&](int, int) {
+    for (int64_t tile; (tile = pieces.next()) >= 0;) take(tile);
+  });
+  return out;
+}
+
+// A block of sums that waits to be finished.
+template <class T, class Number>
+class Finished {
+ public:
+  explicit Finished(const Finisher<T, Number>& finisher) : finisher_(finisher) {}
+  void begin(const Number* sums, int64_t row, int64_t rows, int64_t column) {
+    sums_ = sums, row_ = row, left_ = rows, column_ = column;
+  }
+  void some() {
+    if (left_ > 0) take(smaller(left_, SOME));
+  }
+  void rest() {
+    if (left_ > 0) take(left_);
+  }
+
+ private:
+  static constexpr int64_t SOME = 2;  // rows: with 16 tiles of columns a block is done
+  void take(int64_t rows) {
+    finisher_.finish(sums_, BLOCK_SIZE, row_, rows, column_, BLOCK_SIZE);
+    sums_ += rows * BLOCK_SIZE, row_ += rows, left_ -= rows;
+  }
+
+  const Finisher<T, Number>& finisher_;
+  const Number* sums_ = nullptr;
+  int64_t row_ = 0, left_ = 0, column_ = 0;
+};
+
+constexpr int64_t MOST_COLUMN_TILES = 64;     // tiles of columns of some outputs that are staged,
+constexpr int64_t STAGED_BYTES = 768 << 10;   // so many bytes of them,
+constexpr int64_t MOST_BLOCKS = 8;            // and so many blocks of outputs
+constexpr int64_t SUMMED_ROWS = 1024;         // rows of x whose sums are kept where columns take several turns: 768 KiB
 
 template <class T, class Weights>
 void multiply_by_tiles(const LinearCall& call) {
@@ -219,39 +281,60 @@ void multiply_by_tiles(const LinearCall& call) {
   using Value = typename Weights::Value;
   using Number = typename Weights::Number;
   const Weights weights(call.layer);
-  const auto x = take_input<T, Value>(call);
   const int64_t outputs = call.layer.out_features;
   const int64_t column_tiles = round_up(call.layer.in_features * sizeof(Value), TILE_BYTES) / TILE_BYTES;
-  // As many pieces for each thread.
-  const int64_t least = round_up((outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS, num_threads());
-  const int64_t block_outputs = round_up((outputs + least - 1) / least, 2 * TILE);
-  const int64_t sums_stride = block_outputs * sizeof(Number);
-  Pieces pieces((outputs + block_outputs - 1) / block_outputs);
+  const int64_t row_size = column_tiles * TILE_SIZE;
+  const auto tiles = static_cast<int8_t*>(scratch(SCRATCH_INPUT, round_up(call.rows, BLOCK_SIZE) / TILE * row_size));
+  const auto x = take_tiles<T, Value>(call, column_tiles, tiles);
+
+  // Turns begin where groups do: the largest have 256 columns, 8 tiles of bfloat16.
+  const int64_t least_turns = (column_tiles + MOST_COLUMN_TILES - 1) / MOST_COLUMN_TILES;
+  const int64_t turn = round_up((column_tiles + least_turns - 1) / least_turns, 8);
+  const bool is_one_turn = turn >= column_tiles;
+  // Blocks of outputs in as many pieces for each thread, none larger than what is staged.
+  const int64_t blocks = (outputs + BLOCK_SIZE - 1) / BLOCK_SIZE;
+  const int64_t most = smaller(MOST_BLOCKS, STAGED_BYTES / (smaller(turn, column_tiles) * TILE_BYTES * BLOCK_SIZE));
+  const int64_t num_pieces = smaller(blocks, round_up((blocks + most - 1) / most, num_threads()));
+  const int64_t chunk = is_one_turn ? call.rows : SUMMED_ROWS;
+
+  Pieces pieces(num_pieces);
   parallel([&](int, int) {
     const TileConfig config;
     _tile_loadconfig(&config);
-    const auto staged = static_cast<int8_t*>(scratch(SCRATCH_PANEL, block_outputs * TILE_COLUMNS * TILE_BYTES));
-    const int64_t most_rows = smaller(round_up(call.rows, FILL_ROWS), TILE_INPUT_ROWS);
-    const auto sums = static_cast<int8_t*>(scratch(SCRATCH_SUMS, most_rows * sums_stride));
+    const auto staged = static_cast<int8_t*>(scratch(SCRATCH_PANEL, most * BLOCK_TILES * turn * TILE_SIZE));
+    const int64_t kept_blocks = is_one_turn ? 2 : round_up(smaller(chunk, call.rows), BLOCK_SIZE) / BLOCK_SIZE * most;
+    const auto sums = static_cast<int8_t*>(scratch(SCRATCH_SUMS, kept_blocks * SUMS_BYTES));
+    void* const finishing = scratch(SCRATCH_ROWS, 3 * most * BLOCK_SIZE * sizeof(float));
     for (int64_t piece; (piece = pieces.next()) >= 0;) {
-      const int64_t output = piece * block_outputs, count = smaller(outputs - output, block_outputs);
-      for (int64_t first_row = 0; first_row < call.rows; first_row += TILE_INPUT_ROWS) {
-        const int64_t last_row = smaller(first_row + TILE_INPUT_ROWS, call.rows);
-        for (int64_t tile = 0; tile < column_tiles; tile += TILE_COLUMNS) {
-          const int64_t tiles = smaller(column_tiles - tile, TILE_COLUMNS);
-          const int64_t first = tile * Weights::STEP, last = first + tiles * Weights::STEP;
-          for (int64_t n = 0; n < round_up(count, 2 * TILE); n += TILE)
-            stage(weights, output + n, smaller(count - n, TILE), first, last, staged + n * tiles * TILE_BYTES);
-          for (int64_t row = first_row; row < last_row; row += 2 * TILE) {
-            const Value* const x_row = x.values + row * x.stride + first;
-            const auto multiply_some = last_row - row > TILE ? multiply_block<IS_INTEGER, 2> : multiply_block<IS_INTEGER, 1>;
-            for (int64_t n = 0; n < count; n += 2 * TILE)
-              multiply_some(x_row, x.stride * sizeof(Value), staged + n * tiles * TILE_BYTES, tiles * TILE_SIZE, tiles,
-                            sums + (row - first_row) * sums_stride + n * sizeof(Number), sums_stride, tile == 0);
+      const int64_t first_block = piece * blocks / num_pieces, num_blocks = (piece + 1) * blocks / num_pieces - first_block;
+      const int64_t first = first_block * BLOCK_SIZE, width = smaller(outputs - first, num_blocks * BLOCK_SIZE);
+      const Finisher<T, Number> finisher(call, x.scales, first, width, finishing);
+      Finished<T, Number> waiting(finisher);
+      for (int64_t first_row = 0; first_row < call.rows; first_row += chunk) {
+        const int64_t last_row = smaller(first_row + chunk, call.rows);
+        for (int64_t tile = 0; tile < column_tiles; tile += turn) {
+          const int64_t count = smaller(turn, column_tiles - tile), w_stride = count * TILE_SIZE;
+          for (int64_t n = 0; n < num_blocks * BLOCK_TILES; ++n)
+            stage(weights, first + n * TILE, smaller(width - n * TILE, TILE), tile * Weights::STEP,
+                  (tile + count) * Weights::STEP, staged + n * w_stride);
+          int64_t turned = 0;  // blocks of this turn
+          for (int64_t row = first_row; row < last_row; row += BLOCK_SIZE) {
+            const int64_t rows = smaller(last_row - row, BLOCK_SIZE);
+            const int8_t* const x_row = tiles + row / TILE * row_size + tile * TILE_SIZE;
+            for (int64_t n = 0; n < num_blocks; ++n, ++turned) {
+              int8_t* const kept = sums + (is_one_turn ? turned % 2 : turned) * SUMS_BYTES;
+              const int8_t* const w = staged + n * BLOCK_TILES * w_stride;
+              const auto between = [&](int64_t) { waiting.some(); };
+              if (rows > TILE)
+                multiply_block<IS_INTEGER, 2>(x_row, row_size, w, w_stride, count, kept, tile == 0, between);
+              else
+                multiply_block<IS_INTEGER, 1>(x_row, row_size, w, w_stride, count, kept, tile == 0, between);
+              waiting.rest();
+              if (tile + count == column_tiles) waiting.begin(reinterpret_cast<Number*>(kept), row, rows, n * BLOCK_SIZE);
+            }
           }
+          waiting.rest();
         }
-        for (int64_t row = first_row; row < last_row; ++row)
-          finish<T>(call, x, reinterpret_cast<Number*>(sums + (row - first_row) * sums_stride), row, output, count);
       }
     }
     _tile_release();

@@ -37,7 +37,17 @@ class Pieces {
 
 // Memory of the calling thread that lives on between calls, aligned to 64 bytes; its contents do not. nullptr if there is none.
 // A slot is one use of it: a later request for the same slot may move it.
-enum Scratch { SCRATCH_INPUT, SCRATCH_INPUT_SCALES, SCRATCH_PANEL, SCRATCH_SUMS, SCRATCH_OTHER, SCRATCH_JOBS, SCRATCH_ATTENTION, NUM_SCRATCH };
+enum Scratch {
+  SCRATCH_INPUT,
+  SCRATCH_INPUT_SCALES,
+  SCRATCH_ROWS,
+  SCRATCH_PANEL,
+  SCRATCH_SUMS,
+  SCRATCH_OTHER,
+  SCRATCH_JOBS,
+  SCRATCH_ATTENTION,
+  NUM_SCRATCH
+};
 void* scratch(Scratch slot, size_t bytes);
 
 }  // namespace saccade

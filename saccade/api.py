@@ -43,6 +43,7 @@ from saccade.quantize.calibration import Order
 from saccade.quantize.job import Job, prepare
 from saccade.quantize.pipeline import Report, quantize_exact
 from saccade.quantize.recipe import ExactRecipe
+from saccade.quantize.report import Verify
 from saccade.schemes.affine import loading_scheme
 from saccade.schemes.scheme import DENSE, Scheme, fitting
 
@@ -459,16 +460,18 @@ def quantize(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    verify: Verify | None = None,
     **options: Any,
 ) -> BestReport:
     """Makes a quantized checkpoint of `model` in the folder `out`, which appears whole or not at all; see docs/quantization.md.
 
     `recipe`: a BestRecipe, or a YAML file with its fields; `options` are fields, too, and take the place of the file's.
+    `verify`: what looks at the folder before it appears, as `saccade.verify.after.verifier` makes it; its report comes along.
     Killed at any moment, the same call goes on where it was. Raises OptionError, CheckpointError, MediaError or PromptError
     before the long work begins.
     """
     job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, **options)
-    return quantize_best(job, force=force)
+    return quantize_best(job, force=force, verify=verify)
 
 
 def quantization_job(
@@ -499,6 +502,7 @@ def quantize_exactly(
     image_order: Order = "name",
     force: bool = False,
     threads: int = 1,
+    verify: Verify | None = None,
     **options: Any,
 ) -> Report:
     """Makes the checkpoint that msModelSlim would write from `model`, bit for bit; see docs/quantization-exact.md.
@@ -509,4 +513,4 @@ def quantize_exactly(
     recipe = from_mapping(ExactRecipe, options)
     folder = resolve(model)
     out, pictures = Path(save_directory), Path(calib_images)
-    return quantize_exact(folder, out, recipe, pictures, order=image_order, force=force, threads=threads)
+    return quantize_exact(folder, out, recipe, pictures, order=image_order, force=force, threads=threads, verify=verify)

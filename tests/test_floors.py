@@ -121,11 +121,22 @@ FLOORS: list[dict[str, list[str]]] = [
         "bench": ["options", "work", "machine", "model", "against", "measure"],
         "doctor": [],
         "follower": [],
-        "verify": ["options", "samples", "basis", "layers", "schema", "weights", "sensitivity", "verification"],
+        "verify": [
+            "options",
+            "samples",
+            "basis",
+            "layers",
+            "schema",
+            "weights",
+            "sensitivity",
+            "verification",
+            "after",
+        ],
     },
     {
         "cli": [
             "flags",
+            "held_out",
             "ask",
             "inspect",
             "quantize",

@@ -50,7 +50,7 @@ def write_random_checkpoint(config: ModelConfig, folder: Path, seed: int = 0, *,
             "preprocessor_config.json": preprocessor_config_json(config),
         }.items():
             writer.add_file(file_name, json.dumps(content, indent=2) + "\n")
-        for file_name, text in tokenizer_files().items():
+        for file_name, text in tokenizer_files(config).items():
             writer.add_file(file_name, text)
 
 

@@ -40,6 +40,6 @@ def random_llm(
 def stand_in_tokenizer(config: ModelConfig) -> ChatTokenizer:
     """A tokenizer with the published ids, made without a download."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in tokenizer_files().items():
+        for name, text in tokenizer_files(config).items():
             Path(folder, name).write_text(text, encoding="utf-8")
         return ChatTokenizer(folder, config)

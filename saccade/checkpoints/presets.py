@@ -1,4 +1,4 @@
-"""The four published sizes, and a tiny one for tests, as values; and a config as the published files spell it.
+"""The four published sizes, a small and a tiny one, as values; and a config as the published files spell it.
 
 Knows numbers (spec, section 1). An engine takes its numbers from the checkpoint; these are for making checkpoints and for
 reckoning about sizes that are not at hand.
@@ -19,22 +19,24 @@ from saccade.checkpoints.config import (
     VisionConfig,
 )
 
-# Published values from mid-2025 on; earlier files say temperature 0.1, top_k 1, top_p 0.001 (spec, section 12).
-_GENERATION = GenerationConfig(
-    eos_token_ids=(151_645, 151_643), pad_token_id=151_643, do_sample=True, temperature=1e-6, repetition_penalty=1.05
-)
+NUM_ORDINARY_TOKENS = 151_643  # published; the added tokens come after them
 
 
-def _model(text: TextConfig, vision: VisionConfig) -> ModelConfig:
+def _model(text: TextConfig, vision: VisionConfig, end: int = NUM_ORDINARY_TOKENS) -> ModelConfig:
+    """`end`: the id of the first added token."""
+    # Published values from mid-2025 on; earlier files say temperature 0.1, top_k 1, top_p 0.001 (spec, section 12).
+    generation = GenerationConfig(
+        eos_token_ids=(end + 2, end), pad_token_id=end, do_sample=True, temperature=1e-6, repetition_penalty=1.05
+    )
     return ModelConfig(
         vision=vision,
         text=text,
         preprocessing=PreprocessingConfig(),
-        generation=_GENERATION,
-        image_token_id=151_655,
-        video_token_id=151_656,
-        vision_start_token_id=151_652,
-        vision_end_token_id=151_653,
+        generation=generation,
+        image_token_id=end + 12,
+        video_token_id=end + 13,
+        vision_start_token_id=end + 9,
+        vision_end_token_id=end + 10,
         dtype="bfloat16",
     )
 
@@ -72,6 +74,32 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "72b": _published(
         hidden=8192, layers=80, heads=64, kv_heads=8, mlp=29_568, vocabulary=152_064, tied=False, vision_mlp=3456
+    ),
+    "small": _model(  # 257 MB
+        TextConfig(
+            vocab_size=8192,
+            hidden_size=1024,
+            num_layers=8,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=128,
+            intermediate_size=2048,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(16, 24, 24),
+            max_position_embeddings=128_000,
+            tie_word_embeddings=False,
+        ),
+        VisionConfig(
+            hidden_size=512,
+            out_hidden_size=1024,
+            depth=8,
+            num_heads=8,
+            intermediate_size=1024,
+            fullatt_block_indexes=(1, 3, 5, 7),
+            tokens_per_second=2.0,
+        ),
+        end=8170,
     ),
     "tiny": _model(
         TextConfig(

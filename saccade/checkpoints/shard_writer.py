@@ -42,6 +42,7 @@ class ShardWriter:
     A context manager: leaving it normally closes, leaving it by an exception discards. Tensors go to disk as they come, in
     shards of at most `max_shard_bytes` (more only for a single tensor that is larger). Equal input gives equal bytes.
     An existing folder is refused, unless it is empty, or `force` is set and it is a checkpoint.
+    `hidden`: where it lies until then, on the same disk; by default a sibling of the folder.
     Raises CheckpointError for that and for a disk that refuses.
     """
 
@@ -52,6 +53,7 @@ class ShardWriter:
         *,
         force: bool = False,
         names: FileNames | None = None,
+        hidden: Path | None = None,
     ) -> None:
         assert max_shard_bytes > 0, "a shard holds at least one byte"
         self._files = names or FileNames()
@@ -63,7 +65,8 @@ class ShardWriter:
         self._sealed: list[tuple[Path, list[str]]] = []
         self._total_bytes = 0
         self._shard: _OpenShard | None = None
-        self._hidden = self.folder.parent / f".{self.folder.name}.{secrets.token_hex(4)}.partial"
+        self._is_complete = False
+        self._hidden = hidden or self.folder.parent / f".{self.folder.name}.{secrets.token_hex(4)}.partial"
         with self._writing(self._hidden):
             self._hidden.mkdir(parents=True)
 
@@ -86,6 +89,7 @@ class ShardWriter:
     def add_chunks(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], chunks: Iterable[Tensor]) -> None:
         """Writes one tensor given as successive contiguous CPU pieces of its flat values."""
         assert name not in self._names, f"{name} is written twice"
+        assert not self._is_complete, f"{name} comes after the last shard"
         nbytes = math.prod(shape) * dtype.itemsize
         if self._shard is not None and not self._shard.has_room(name, nbytes, self.max_shard_bytes):
             self._seal()
@@ -106,25 +110,32 @@ class ShardWriter:
             file.write(content.encode() if isinstance(content, str) else content)
             _sync(file)
 
+    def complete(self) -> Path:
+        """Completes the shards and their index. Returns the folder they lie in, hidden still; small files may follow."""
+        self._seal()
+        weight_map: dict[str, str] = {}
+        stem, is_indexed = self._files.stem, self._files.is_always_indexed or len(self._sealed) > 1
+        for number, (path, names) in enumerate(self._sealed, start=1):
+            shard = f"{stem}-{number:05}-of-{len(self._sealed):05}" if is_indexed else stem
+            with self._writing(path):
+                path.rename(self._hidden / f"{shard}.safetensors")
+            weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
+        if is_indexed:
+            order = self._names if self._files.is_always_indexed else sorted(weight_map)
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": {name: weight_map[name] for name in order},
+            }
+            end = "" if self._files.is_always_indexed else "\n"
+            self.add_file(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + end)
+        self._is_complete = True
+        return self._hidden
+
     def close(self) -> None:
-        """Completes the shards and their index, and gives the folder its name."""
+        """Completes what is not complete, and gives the folder its name."""
         try:
-            self._seal()
-            weight_map: dict[str, str] = {}
-            stem, is_indexed = self._files.stem, self._files.is_always_indexed or len(self._sealed) > 1
-            for number, (path, names) in enumerate(self._sealed, start=1):
-                shard = f"{stem}-{number:05}-of-{len(self._sealed):05}" if is_indexed else stem
-                with self._writing(path):
-                    path.rename(self._hidden / f"{shard}.safetensors")
-                weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
-            if is_indexed:
-                order = self._names if self._files.is_always_indexed else sorted(weight_map)
-                index = {
-                    "metadata": {"total_size": self._total_bytes},
-                    "weight_map": {name: weight_map[name] for name in order},
-                }
-                end = "" if self._files.is_always_indexed else "\n"
-                self.add_file(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + end)
+            if not self._is_complete:
+                self.complete()
             self._publish()
         except BaseException:
             self.discard()

@@ -1,4 +1,4 @@
-"""A tokenizer with the published ids that stands in for the published one: for random models, without a download.
+"""A tokenizer with a model's ids that stands in for the published one: for random models, without a download.
 
 Knows the byte-level format and the added tokens (spec, section 4); its words are few. Text costs about as many tokens as it
 would with the real one, and the template costs exactly as many.
@@ -10,7 +10,8 @@ import json
 from itertools import pairwise
 from typing import Any
 
-NUM_ORDINARY_TOKENS = 151_643
+from saccade.checkpoints.config import ModelConfig
+
 ADDED_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -65,20 +66,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer_files() -> dict[str, str]:
+def tokenizer_files(config: ModelConfig) -> dict[str, str]:
     """The files of a checkpoint folder that make its tokenizer, by name."""
-    vocabulary, merges = build_vocabulary()
+    vocabulary, merges = build_vocabulary(config.image_token_id - ADDED_TOKENS.index("<|image_pad|>"))
     return {
         "chat_template.json": json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(tokenizer_config_json(), indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(tokenizer_config_json(len(vocabulary)), indent=2) + "\n",
         "tokenizer.json": json.dumps(tokenizer_json(vocabulary, merges), ensure_ascii=False),
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges),
     }
 
 
-def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level vocabulary of 151,643 entries, so that the added tokens get their published ids, and its merges.
+def build_vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level vocabulary of `size` entries (151,643 in the published one), after which the added tokens come, and its merges.
 
     256 bytes, then the merges of WORDS, then filler that no merge reaches: the tokenizer never produces it, and a random
     model that does is still decodable.
@@ -91,7 +92,7 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
             while len(pieces := _apply(merges, list(spelling))) > 1:
                 merges[pieces[0], pieces[1]] = len(merges)
                 vocabulary.setdefault(pieces[0] + pieces[1], len(vocabulary))
-    for number in range(NUM_ORDINARY_TOKENS - len(vocabulary)):
+    for number in range(size - len(vocabulary)):
         vocabulary[f"Ġ~{number}"] = len(vocabulary)
     return vocabulary, list(merges)
 
@@ -121,7 +122,7 @@ def tokenizer_json(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": number, **token} for number, token in added_tokens().items()],
+        "added_tokens": [{"id": number, **token} for number, token in added_tokens(len(vocabulary)).items()],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": byte_level,
@@ -141,11 +142,11 @@ def tokenizer_json(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
     }
 
 
-def tokenizer_config_json() -> dict[str, Any]:
+def tokenizer_config_json(num_ordinary: int) -> dict[str, Any]:
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(number): token for number, token in added_tokens().items()},
+        "added_tokens_decoder": {str(number): token for number, token in added_tokens(num_ordinary).items()},
         "additional_special_tokens": ADDED_TOKENS[1:NUM_SPECIAL_TOKENS],
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
@@ -160,9 +161,9 @@ def tokenizer_config_json() -> dict[str, Any]:
     }
 
 
-def added_tokens() -> dict[int, dict[str, Any]]:
+def added_tokens(num_ordinary: int) -> dict[int, dict[str, Any]]:
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
-        NUM_ORDINARY_TOKENS + index: {"content": content, **plain, "special": index < NUM_SPECIAL_TOKENS}
+        num_ordinary + index: {"content": content, **plain, "special": index < NUM_SPECIAL_TOKENS}
         for index, content in enumerate(ADDED_TOKENS)
     }

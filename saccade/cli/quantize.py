@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from saccade.base.meter import gigabytes
 from saccade.cli.flags import flags, script_options
 from saccade.quantize.best_recipe import BestRecipe, parse_rule, read_recipe
 from saccade.quantize.recipe import ExactRecipe
+from saccade.quantize.report import QuantizationReport, Verify
+from saccade.quantize.report_page import PAGE_NAME
 
 _SHARED = "group_size"  # the one option of both modes
 EXACT_ONLY = {field.name for field in dataclasses.fields(ExactRecipe)} - {_SHARED}
@@ -33,6 +36,7 @@ _REFERENCE_SPELLINGS = EXACT_ONLY | {"model_path", "calib_images", "save_directo
 @click.option("--layer", multiple=True, help="PATTERN=SCHEME for some linears, or =float; the first match counts")
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False), help="YAML file with any of these options")
 @click.option("--dry-run", is_flag=True, help="print the plan: layers, sizes, memory, time; write nothing")
+@click.option("--verify/--no-verify", default=True, help="compare the result with the model before it appears")
 @click.option("--force", is_flag=True, help="replace an existing checkpoint")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
 @click.option("--threads", type=click.IntRange(1), help="last bits depend on it (all processors; exact mode: 1)")
@@ -95,6 +99,7 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
         image_order=values["image_order"],
         force=values["force"],
         threads=values["threads"] or 1,
+        verify=_verifier(model, values),
         **options,
     )
     print(
@@ -102,6 +107,7 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
         f"{gigabytes(report.output_bytes)}, {report.num_samples} pictures, "
         f"at most {gigabytes(report.peak_memory_bytes)} of memory: {report.folder}"
     )
+    _say(report.verified)
 
 
 def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None:
@@ -126,7 +132,7 @@ def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None
         return
     from saccade.quantize.best import quantize_best
 
-    report = quantize_best(job, force=values["force"])
+    report = quantize_best(job, force=values["force"], verify=_verifier(model, values))
     worst = report.worst
     print(
         f"quantized {len(report.layers)} linears to {recipe.scheme} in {report.seconds:.0f} s, "
@@ -134,6 +140,31 @@ def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None
         + (f", worst {worst.module} at {worst.worst_db:.1f} dB" if worst else "")
         + f", at most {gigabytes(report.peak_memory_bytes)} of memory: {report.folder}"
     )
+    _say(report.verified)
+
+
+def _verifier(model: str, values: dict[str, Any]) -> Verify | None:
+    if not values["verify"]:
+        return None
+    from saccade.checkpoints.hub import resolve
+    from saccade.cli.held_out import shipped
+    from saccade.verify.after import verifier
+
+    return verifier(resolve(model), shipped, values["device"])
+
+
+def _say(verified: QuantizationReport | None) -> None:
+    """One line when all is well, else the checks that say why; a failed one is the exit code 1."""
+    if verified is None:
+        return
+    for check in verified.checks:
+        if check.verdict != "pass" or check.name == "logits":
+            print(f"{check.verdict:<5} {check.name:<8} {check.facts}")
+        for detail in check.details if check.verdict != "pass" else ():
+            print(f"      {detail}")
+    print(f"verified: {verified.verdict}, see {PAGE_NAME} there")
+    if verified.verdict == "fail":
+        sys.exit(1)
 
 
 def best_options(exact: ExactRecipe, has_group: bool) -> dict[str, Any]:

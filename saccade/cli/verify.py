@@ -17,6 +17,7 @@ from saccade.verify.options import VerifyOptions
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--against", metavar="MODEL", help="the float model it was made from: folder, hub id, or demo")
 @click.option("--image", "images", multiple=True, help="a picture to ask about instead of the shipped ones; repeatable")
+@click.option("--samples", help="what to ask instead: a .jsonl of conversations, a folder of pictures, or builtin")
 @click.option("--question", default="Please describe this picture in detail.", show_default=True, help="about --image")
 @click.option(
     "--report",
@@ -36,6 +37,7 @@ def command(
     folder: Path,
     against: str | None,
     images: tuple[str, ...],
+    samples: str | None,
     question: str,
     report_folder: Path | None,
     write_recipe: Path | None,
@@ -53,18 +55,16 @@ def command(
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; pass the folder of a quantized checkpoint")
 
-    from saccade.api import messages_for
     from saccade.checkpoints.hub import resolve
-    from saccade.demo import questions
+    from saccade.cli.held_out import chosen
     from saccade.quantize.report import to_json
     from saccade.quantize.report_page import write_report
     from saccade.verify.sensitivity import recipe_text
     from saccade.verify.verification import render, verify
 
-    if images:
-        conversations = [messages_for(question, [image]) for image in images]
-    else:
-        conversations = [asked.messages for asked in questions() if asked.images]
+    if images and samples is not None:
+        raise click.UsageError("--image and --samples both say what is asked; give one")
+    conversations = chosen(images, question, samples, options.blockwise)
     report = verify(folder, None if against is None else resolve(against), conversations, options)
     if report_folder is not None:
         write_report(report, report_folder)

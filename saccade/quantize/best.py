@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from saccade.checkpoints.shard_writer import ShardWriter
 from saccade.checkpoints.writing import companions
 from saccade.quantize.job import Job, key_of, require_room
 from saccade.quantize.plan import Plan
-from saccade.quantize.report import FILE_NAME, Cost, InputRange, LayerMeasure, QuantizationReport, to_json
+from saccade.quantize.report import (
+    FILE_NAME,
+    Cost,
+    InputRange,
+    LayerMeasure,
+    QuantizationReport,
+    Verify,
+    merged,
+    to_json,
+)
+from saccade.quantize.report_page import PAGE_NAME, page
 from saccade.quantize.run import Run
 from saccade.quantize.samples import Samples
 from saccade.quantize.state import State, is_complete
@@ -38,6 +48,7 @@ class BestReport:
     output_bytes: int
     seconds: float
     peak_memory_bytes: int
+    verified: QuantizationReport | None = None
 
     @property
     def worst(self) -> LayerMeasure | None:
@@ -51,8 +62,11 @@ def _worst_db(layer: LayerMeasure) -> float:
 
 
 @torch.inference_mode()
-def quantize_best(job: Job, *, force: bool = False) -> BestReport:
-    """Does the job; `out` appears whole or not at all, and a job that was killed goes on where it was."""
+def quantize_best(job: Job, *, force: bool = False, verify: Verify | None = None) -> BestReport:
+    """Does the job; `out` appears whole or not at all, and a job that was killed goes on where it was.
+
+    `verify` looks at the folder before it appears; what it finds goes into report.json and report.html there.
+    """
     file_names = job.format.file_names(job.plan.assignment)
     partial, key = job.out.with_name(job.out.name + ".partial"), key_of(job)
     is_published = job.out.exists() and any(job.out.iterdir()) and is_complete(partial, key)  # killed right at the end
@@ -66,7 +80,7 @@ def quantize_best(job: Job, *, force: bool = False) -> BestReport:
     state.complete()
     layers = tuple(_measure(layer) for record in state.records for layer in record)
     output_bytes, names = 0, []
-    with ShardWriter(job.out, force=force or is_published, names=file_names) as writer:
+    with ShardWriter(job.out, force=force or is_published, names=file_names, hidden=state.result) as writer:
         for name, part in state.tensors():
             output_bytes += part.info(name).nbytes
             names.append(name)
@@ -76,11 +90,16 @@ def quantize_best(job: Job, *, force: bool = False) -> BestReport:
         for file, text in files.items():
             writer.add_file(file, text)
         for file, content in companions(job.checkpoint.folder):
-            if file != FILE_NAME:
+            if file not in (FILE_NAME, PAGE_NAME):
                 writer.add_file(file, content)
         seconds = state.seconds
         report = BestReport(job.out, job.plan, job.samples, layers, output_bytes, seconds, peak_memory_bytes())
-        writer.add_file(FILE_NAME, to_json(_for_json(job, report)))
+        known = _for_json(job, report)
+        if verify is not None:
+            known = replace(merged(known, verify(writer.complete())), name=job.out.name)
+            writer.add_file(PAGE_NAME, page(known))
+            report = replace(report, verified=known, peak_memory_bytes=peak_memory_bytes())
+        writer.add_file(FILE_NAME, to_json(known))
     state.remove()
     return report
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ from saccade.quantize.iterative_smooth import grouped_scales, smooth_scale
 from saccade.quantize.observers import Histogram, MeanMinMax, Observer, Spread
 from saccade.quantize.outlier_suppression import DecoderAttention, GateUp, Objective, TowerAttention, search
 from saccade.quantize.recipe import ExactRecipe
+from saccade.quantize.report import FILE_NAME, Cost, QuantizationReport, Verify, merged, to_json
+from saccade.quantize.report_page import PAGE_NAME, page
 from saccade.quantize.rounding import activation_parameters, fake_activation, fake_weight, row_scale
 
 SPREAD_SAMPLES = 5  # that act_method 3 decides by
@@ -87,6 +89,7 @@ class Report:
     output_bytes: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    verified: QuantizationReport | None = None
     scales: dict[str, Tensor] = field(default_factory=dict)
     activation_maxima: dict[str, Tensor] = field(default_factory=dict)
 
@@ -101,11 +104,13 @@ def quantize_exact(
     order: Order = "name",
     force: bool = False,
     threads: int = 1,
+    verify: Verify | None = None,
 ) -> Report:
     """Quantizes the checkpoint in `source` with the pictures in a folder; `out` appears whole or not at all.
 
     `order`: pictures by name, or as the file system lists them, which is what the reference does; results depend on it, and
-    on the number of threads, because sums are split among them.
+    on the number of threads, because sums are split among them. `verify` looks at the folder before it appears; what it finds
+    goes into report.json and report.html there, which the reference does not write.
     Raises OptionError, CheckpointError or MediaError before any weight is read.
     """
     start = time.perf_counter()
@@ -134,9 +139,20 @@ def quantize_exact(
         run.all_blocks()
         for name, content in side_files(source, recipe, checkpoint.config, run.description):
             writer.add_file(name, content)
-    run.report.seconds = time.perf_counter() - start
+        run.report.seconds = time.perf_counter() - start
+        if verify is not None:
+            run.report.verified = _verified(verify(writer.complete()), run.report, source, recipe)
+            writer.add_file(PAGE_NAME, page(run.report.verified))
+            writer.add_file(FILE_NAME, to_json(run.report.verified))
     run.report.peak_memory_bytes = peak_memory_bytes()
     return run.report
+
+
+def _verified(found: QuantizationReport, report: Report, source: Path, recipe: ExactRecipe) -> QuantizationReport:
+    """What a verification found, with what is known of the making."""
+    cost = Cost(report.source_bytes, report.output_bytes, seconds={"quantize": report.seconds})
+    known = QuantizationReport(report.folder.name, str(source), {"mode": "exact", **asdict(recipe)}, cost=cost)
+    return replace(merged(known, found), name=report.folder.name)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -161,6 +161,9 @@ class QuantizationReport:
     def verdict(self) -> Verdict:
         """The worst of the checks."""
         return max((check.verdict for check in self.checks), key=("pass", "warn", "fail").index, default="pass")
+
+
+Verify = Callable[[Path], QuantizationReport]  # of a quantized folder
 
 
 def sqnr_db(signal: float, noise: float) -> float:

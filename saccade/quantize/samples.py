@@ -92,6 +92,11 @@ def load_samples(source: str, tokenizer: ChatTokenizer, count: int | None, seed:
     return Samples(tuple(prompts), tuple(notes), digest.hexdigest())
 
 
+def conversations_of(source: str) -> list[Conversation]:
+    """All of a `source` as `load_samples` takes it. Raises OptionError, MediaError or PromptError."""
+    return list(_conversations(source, None, 0, []))
+
+
 def check_source(source: str) -> None:
     """Raises OptionError at once for a source that is none."""
     path = Path(source)

@@ -138,11 +138,17 @@ class State:
             return Progress(key)
         return found
 
+    @property
+    def result(self) -> Path:
+        """Where the folder to come is put together; what a killed run left of it is gone."""
+        return self.folder / "result"
+
     def _part(self, number: int) -> Path:
         return self.folder / "parts" / f"{number:05}"
 
     def _remove_unfinished(self) -> None:
         """What no progress.json speaks of."""
+        shutil.rmtree(self.result, ignore_errors=True)
         parts = {f"{number:05}" for number in range(self.done)}
         for path in (self.folder / "parts").iterdir():
             if path.name not in parts:

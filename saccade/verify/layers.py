@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.base.meter import progress
-from saccade.checkpoints.formats import Checkpoint
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint
+from saccade.kernels import reference
 from saccade.kernels.record import Kernels, Segments
 from saccade.kernels.reference import quantize_rows, quantize_static
 from saccade.model.language import DecoderLayer, WholeSequences
@@ -32,12 +33,13 @@ from saccade.model.vision import Merger, VisionBlock
 from saccade.quantize.report import KINDS, QUANTILES, BlockMeasure, InputRange, LayerMeasure, sqnr_db
 from saccade.schemes.affine import quantize_rows_fp8
 from saccade.schemes.scheme import Static, Weight
-from saccade.verify.basis import find_rotation, turned, value_rotations
+from saccade.verify.basis import find_rotation, rows_of, turned, value_rotations
 from saccade.verify.samples import Packed, Sample, pack
 
 FREE_OUTPUTS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")  # up to a factor of each channel
 NORMED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the decoder: they read the stream
 RESIDUAL_OUTPUTS = ("o_proj", "mlp.down_proj", "merger.mlp.2")  # of the language model: in the stream's basis
+HEAD_VALUES_AT_ONCE = 1 << 25
 
 
 @dataclass
@@ -61,23 +63,18 @@ def run_side_by_side(
     found = SideBySide(is_rotated=rotation is not None)
     exact, other = Qwen2_5_VL(source.config, kernels), Qwen2_5_VL(quantized.config, kernels)
     fillings = tuple(Filling(checkpoint, torch.float32, device) for checkpoint in (source, quantized))
-    names = [name for name, _ in exact.blocks() if name != "lm_head"]
+    names = [name for name, _ in exact.blocks() if name not in ("model.embed_tokens", "lm_head")]
     blocks, others = dict(exact.blocks()), dict(other.blocks())
-    with progress(len(names) + 1, "comparing") as advance:
+    with progress(len(names), "comparing") as advance:
         for name in names:
             pair = _Pair(name, blocks[name], others[name], fillings, packed, rotation, found, advance)
             blocks[name].forward = pair.forward
-        head = _Pair("lm_head", exact.lm_head, other.lm_head, fillings, packed, rotation, found, advance)
-        head.embeddings = (tied_embedding(exact), tied_embedding(other))
-        exact.lm_head.forward = head.forward  # type: ignore[method-assign,assignment]
+        tables = Tables((source, quantized), device)
+        exact.language.embed_tokens.forward = tables.rows  # type: ignore[method-assign]
+        exact.lm_head.forward = tables.logits  # type: ignore[method-assign,assignment]
         logits = _forward(exact, packed, kernels, device)
     found.exact, found.quantized = (half.float().cpu() for half in logits.chunk(2))
     return found
-
-
-def tied_embedding(model: Qwen2_5_VL) -> Embedding | None:
-    """What the head shares its numbers with, None if it has its own."""
-    return model.language.embed_tokens if model.config.text.tie_word_embeddings else None
 
 
 def _forward(model: Qwen2_5_VL, packed: Packed, kernels: Kernels, device: torch.device) -> Tensor:
@@ -111,7 +108,6 @@ class _Pair:
     rotation: Tensor | None  # [H, H]: a row x of our stream is x @ rotation in theirs
     found: SideBySide
     advance: Callable[[int], None]
-    embeddings: tuple[Embedding | None, Embedding | None] = (None, None)  # of tied heads
 
     def forward(self, *arguments: Any) -> Any:
         first, second = ([_half(argument, which) for argument in arguments] for which in (0, 1))
@@ -133,13 +129,8 @@ class _Pair:
 
     @contextmanager
     def _filled(self) -> Iterator[None]:
-        for block, filling, embedding in zip((self.ours, self.theirs), self.fillings, self.embeddings, strict=True):
-            if embedding is not None:
-                assert isinstance(block, Linear), "a head is a linear"
-                fill(embedding, filling)
-                block.weight = embedding.weight
-            else:
-                fill(block, filling)
+        for block, filling in zip((self.ours, self.theirs), self.fillings, strict=True):
+            fill(block, filling)
         yield
         for block in (self.ours, self.theirs):
             empty(block)
@@ -246,6 +237,44 @@ def empty(block: nn.Module) -> None:
             del layer.weight
         elif isinstance(layer, Norm):
             del layer.gain
+
+
+# --- embedding and head ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Both models' embeddings and heads, which are never in memory whole: of a large vocabulary they outweigh every block."""
+
+    checkpoints: tuple[Checkpoint, Checkpoint]
+    device: torch.device
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [2 T], a half for each model. Returns [2 T, H]."""
+        halves = zip(self.checkpoints, token_ids.cpu().chunk(2), strict=True)
+        return torch.cat([_embedded(checkpoint, ids) for checkpoint, ids in halves]).to(self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [2 A, H]. Returns [2 A, V]."""
+        halves = zip(self.checkpoints, hidden.chunk(2), strict=True)
+        return torch.cat([_logits(checkpoint, rows) for checkpoint, rows in halves])
+
+
+def _embedded(checkpoint: Checkpoint, token_ids: Tensor) -> Tensor:
+    different, places = torch.unique(token_ids, return_inverse=True)
+    rows = torch.empty(len(different), checkpoint.config.text.hidden_size)
+    for place, token in enumerate(different.tolist()):
+        checkpoint.read_into(EMBEDDING, rows[place : place + 1], slice(token, token + 1))
+    return rows[places]
+
+
+def _logits(checkpoint: Checkpoint, hidden: Tensor) -> Tensor:
+    if (weight := checkpoint.weight("lm_head")) is not None:
+        return reference.linear(hidden, weight.to(hidden.device, hidden.dtype))
+    text, rows = checkpoint.config.text, rows_of(checkpoint, HEAD)
+    count = max(1, HEAD_VALUES_AT_ONCE // text.hidden_size)
+    pieces = (slice(first, min(first + count, text.vocab_size)) for first in range(0, text.vocab_size, count))
+    return torch.cat([hidden @ rows(piece).to(hidden.device).T for piece in pieces], dim=1)
 
 
 # --- what a linear saw -----------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ class VerifyOptions:
         400_000, "pictures of samples are made no larger than this area", low=3136, high=100_000_000
     )
     max_kl: float = option(0.5, "mean KL in nats from the float model above which the check fails", low=0)
+    blockwise: bool = option(
+        False, "never open a whole model: all is compared with one block of each in memory, over given answers"
+    )
     sensitivity: bool = option(False, "rank the linears by the KL that quantizing each alone causes; needs --against")
     target_kl: float | None = option(
         None, "choose linears to store better until the mean KL in nats is at most this; needs --against", low=0

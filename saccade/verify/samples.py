@@ -1,21 +1,28 @@
-"""Conversations with answers, packed into one forward of the whole model; each token's kind, and which rows predict answers.
+"""Conversations with answers, as tokens, packed into one forward of the whole model; each token's kind, and which rows predict answers.
 
 Knows prompts and positions; knows no weights. Letters: T tokens of all samples, A tokens of all answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid
+from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.options import MediaOptions
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Prompt
 from saccade.quantize.report import KINDS, Kind
+
+Conversation = Sequence[Mapping[str, Any]]
+END_OF_TURN = "<|im_end|>"
+OPENING = "The picture shows"  # of an answer, where none is given and no model is there to write one
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,36 @@ class Packed:
         return self.kinds == KINDS.index(kind)
 
 
+def without_answer(conversation: Conversation) -> tuple[Conversation, str | None]:
+    """The conversation up to the answer it ends with, and that answer's text; None where it ends with a question."""
+    last = conversation[-1]
+    if last.get("role") != "assistant" or len(conversation) == 1:
+        return conversation, None
+    content = last.get("content")
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
+    return conversation[:-1], "".join(parts)
+
+
+def given_sample(
+    tokenizer: ChatTokenizer, conversation: Conversation, media: MediaOptions, max_answer_tokens: int
+) -> Sample:
+    """The conversation with the answer it ends with, or with the opening of one. Raises what preparing it raises."""
+    question, answer = without_answer(conversation)
+    tokens = tokenizer.encode(OPENING if answer is None else answer)
+    ended = tokens if answer is None else [*tokens, tokenizer.added_tokens[END_OF_TURN]]
+    return Sample(tokenizer.build(question, defaults=media), tuple(ended[:max_answer_tokens]))
+
+
 def pack(samples: Sequence[Sample], config: ModelConfig) -> Packed:
     media = [medium for sample in samples for medium in sample.prompt.media]
     token_ids = torch.tensor([token for sample in samples for token in sample.token_ids])
     lengths = tuple(len(sample.token_ids) for sample in samples)
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     is_media = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
+    for start, sample in zip(
+        starts, samples, strict=True
+    ):  # what a model answers may hold a placeholder that stands for nothing
+        is_media[start + len(sample.prompt) : start + len(sample.token_ids)] = False
     kinds = torch.where(is_media, KINDS.index("picture"), KINDS.index("text")).to(torch.uint8)
     kinds[starts] = KINDS.index("first")
     rows = [

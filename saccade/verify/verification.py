@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from saccade.base.errors import CheckpointError, DeviceError, OptionError, Sacca
 from saccade.base.meter import peak_memory_bytes, progress
 from saccade.checkpoints.formats import Checkpoint, open_checkpoint, open_unverified
 from saccade.engine.options import SamplingParams
+from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaOptions
 from saccade.kernels.choose import choose, choose_device, processor_name
 from saccade.quantize.report import (
@@ -38,12 +38,10 @@ from saccade.scoring import ScoredAnswer, TokenDivergence, join, score_prompts, 
 from saccade.verify.basis import find_rotation
 from saccade.verify.layers import SideBySide, run_side_by_side
 from saccade.verify.options import VerifyOptions
-from saccade.verify.samples import Sample
+from saccade.verify.samples import Conversation, Sample, given_sample, without_answer
 from saccade.verify.schema import check_choice, check_files, check_numbers, check_tensors
 from saccade.verify.sensitivity import Trials, mix, rank
 from saccade.verify.weights import WeightMeasure, compare_weights
-
-Conversation = Sequence[Mapping[str, Any]]
 
 # A linear's output against the float model's, by bits of its weight: (fails below, warns below), in dB. At 0 dB the error is as
 # large as the signal: the layer computes something else. The demo model's worst layers have 34 at 8 bits and 15 at 4.
@@ -77,13 +75,16 @@ def verify(
 ) -> QuantizationReport:
     """Verifies the quantized checkpoint in `folder`, against the float one it was made from if that is given.
 
-    `conversations`: what both models are asked; none leaves out all that runs a model. What cannot be read or run is a failed
-    check, not an exception; raises CheckpointError when `against` itself cannot be read, or when it is quantized, and
-    OptionError for a sensitivity without anything to be near to.
+    `conversations`: what both models are asked; none leaves out all that runs a model. Those that end with an answer are
+    compared over it, others over the float model's, or, blockwise, where no model is whole, over a fixed opening.
+    What cannot be read or run is a failed check, not an exception; raises CheckpointError when `against` itself cannot be
+    read, or when it is quantized, and OptionError for a sensitivity without anything to be near to.
     """
     options = options or VerifyOptions()
     if (options.sensitivity or options.target_kl is not None) and (against is None or not conversations):
         raise OptionError("sensitivity and target_kl compare answers with the float model's; give it (--against)")
+    if (options.sensitivity or options.target_kl is not None) and options.blockwise:
+        raise OptionError("sensitivity and target_kl hold both models in memory; leave blockwise out")
     run = _Run()
     report = QuantizationReport(folder.name, machine=f"{processor_name()}, torch {torch.__version__}")
     source = None if against is None else _open_source(against)
@@ -224,6 +225,8 @@ def _run_models(
     run: _Run,
 ) -> QuantizationReport:
     """Answers, errors by layer, logits: everything for which a model has to run."""
+    if options.blockwise:
+        return _run_blockwise(report, quantized, source, layers, conversations, options, run)
     exact: list[ScoredAnswer] = []
     samples: list[Sample] = []
     if source is not None:
@@ -244,29 +247,71 @@ def _run_models(
         except SaccadeError as error:
             run.checks.append(Check("runs", "fail", "it cannot be run", (str(error),)))
             return report
-    run.checks.append(check_runs(scored))
+    run.checks.append(check_runs([answered.logits for answered in scored]))
     if source is None:
         return report
-    with run.phase("verify: layers"):
-        device = choose_device(options.device)
-        side_by_side = run_side_by_side(source, quantized, samples, choose(device), device)
+    side_by_side = _side_by_side(source, quantized, samples, options, run)
     run.checks.append(check_layers(side_by_side))
     if exact:
         pairs = [(e.logits, q.logits) for e, q in zip(exact, scored, strict=True)]
-        logits = measure_logits(pairs, samples)
+        logits = measure_logits(pairs)
         run.checks.append(check_logits(logits, options.max_kl, "through the serving kernels"))
     else:
-        lengths = [len(sample.answer) for sample in samples]
-        halves = (torch.split(rows, lengths) for rows in (side_by_side.exact, side_by_side.quantized))
-        logits = measure_logits(list(zip(*halves, strict=True)), samples)
+        logits = measure_logits(_by_sample(side_by_side, samples))
         run.checks.append(check_logits(logits, options.max_kl, "block by block, over the quantized model's answers"))
-    report = replace(
-        report, logits=logits, blocks=tuple(side_by_side.blocks), layers=_joined(layers, side_by_side.layers)
-    )
+    report = _with_layers(report, logits, side_by_side, layers)
     if options.sensitivity or options.target_kl is not None:
         with run.phase("verify: sensitivity"):
             report = _with_sensitivity(report, source, quantized, samples, options, run)
     return report
+
+
+def _run_blockwise(
+    report: QuantizationReport,
+    quantized: Checkpoint,
+    source: Checkpoint | None,
+    layers: Sequence[LayerMeasure],
+    conversations: Sequence[Conversation],
+    options: VerifyOptions,
+    run: _Run,
+) -> QuantizationReport:
+    """As `_run_models`, in the memory of a block of each. Alone, the quantized model stands beside itself."""
+    tokenizer = ChatTokenizer(quantized.folder, quantized.config)
+    media = MediaOptions(max_pixels=options.sample_pixels)
+    samples = [given_sample(tokenizer, asked, media, options.answer_tokens) for asked in conversations]
+    try:
+        side_by_side = _side_by_side(source or quantized, quantized, samples, options, run)
+    except SaccadeError as error:
+        run.checks.append(Check("runs", "fail", "it cannot be run", (str(error),)))
+        return report
+    pairs = _by_sample(side_by_side, samples)
+    run.checks.append(check_runs([logits for _, logits in pairs]))
+    if source is None:
+        return report
+    run.checks.append(check_layers(side_by_side))
+    logits = measure_logits(pairs)
+    run.checks.append(check_logits(logits, options.max_kl, "block by block in float32, over given answers"))
+    return _with_layers(report, logits, side_by_side, layers)
+
+
+def _side_by_side(
+    source: Checkpoint, quantized: Checkpoint, samples: Sequence[Sample], options: VerifyOptions, run: _Run
+) -> SideBySide:
+    with run.phase("verify: layers"):
+        device = choose_device(options.device)
+        return run_side_by_side(source, quantized, samples, choose(device), device)
+
+
+def _by_sample(found: SideBySide, samples: Sequence[Sample]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each sample's logits, of the float and of the quantized model."""
+    lengths = [len(sample.answer) for sample in samples]
+    return list(zip(*(torch.split(rows, lengths) for rows in (found.exact, found.quantized)), strict=True))
+
+
+def _with_layers(
+    report: QuantizationReport, logits: LogitsMeasure, found: SideBySide, weights: Sequence[LayerMeasure]
+) -> QuantizationReport:
+    return replace(report, logits=logits, blocks=tuple(found.blocks), layers=_joined(weights, found.layers))
 
 
 def _with_sensitivity(
@@ -299,10 +344,13 @@ def _open(folder: Path, options: VerifyOptions) -> LLM:
 
 
 def answer(llm: LLM, conversations: Sequence[Conversation], max_tokens: int) -> list[Sample]:
-    """Each conversation with the model's greedy answer. Raises what preparing them raises."""
+    """Each conversation with the answer it ends with, or the model's greedy one. Raises what preparing them raises."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.0)
     samples = []
     for conversation in conversations:
+        if without_answer(conversation)[1] is not None:
+            samples.append(given_sample(llm.tokenizer, conversation, llm.media, max_tokens))
+            continue
         output = llm.chat(conversation, params)[0]
         samples.append(Sample(llm.prepare(conversation), tuple(output.outputs[0].token_ids)))
     return samples
@@ -312,13 +360,12 @@ def score(llm: LLM, samples: Sequence[Sample]) -> list[ScoredAnswer]:
     return list(score_prompts(llm, ((sample.prompt, sample.answer) for sample in samples)))
 
 
-def check_runs(scored: Sequence[ScoredAnswer]) -> Check:
-    bad = [number for number, answered in enumerate(scored) if not bool(torch.isfinite(answered.logits).all())]
+def check_runs(scored: Sequence[torch.Tensor]) -> Check:
+    """scored: of each sample, logits [A, V]."""
+    bad = [number for number, logits in enumerate(scored) if not bool(torch.isfinite(logits).all())]
     if bad:
         return Check("runs", "fail", f"logits of sample {bad[0] + 1} are not finite")
-    return Check(
-        "runs", "pass", f"{len(scored)} samples answered, {sum(len(s.token_ids) for s in scored)} tokens scored"
-    )
+    return Check("runs", "pass", f"{len(scored)} samples answered, {sum(map(len, scored))} tokens scored")
 
 
 def check_layers(found: SideBySide) -> Check:
@@ -347,16 +394,13 @@ def _db(layer: LayerMeasure) -> float:
     return layer.worst_db
 
 
-def measure_logits(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], samples: Sequence[Sample]) -> LogitsMeasure:
+def measure_logits(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> LogitsMeasure:
     """pairs: of each sample, logits [A, V] of the float and of the quantized model for its answer's tokens."""
     divergences: list[TokenDivergence] = [token_divergence(exact, other) for exact, other in pairs]
     summary = join(divergences).summary()
-    prefixes = [
-        _prefix((other.argmax(-1) == torch.tensor(sample.answer)).tolist())
-        for (_, other), sample in zip(pairs, samples, strict=True)
-    ]
+    prefixes = [_prefix((other.argmax(-1) == exact.argmax(-1)).tolist()) for exact, other in pairs]
     return LogitsMeasure(
-        len(samples),
+        len(pairs),
         summary.num_tokens,
         summary.mean_kl,
         summary.p99_kl,

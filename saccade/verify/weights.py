@@ -11,6 +11,7 @@ Letters: O outputs, H inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -40,9 +41,10 @@ ROW_FLOOR_DB = {16: 25.0, 8: 8.0, 4: 1.5}
 # Below, a tensor is poor. Gaussian rows have 41.6 dB in int8, 31.6 in e4m3, 19.1 in int4 by groups of 128; smoothing, which moves
 # the activations' outliers into the weights, costs the difference.
 TENSOR_FLOOR_DB = {16: 40.0, 8: 30.0, 4: 12.0}
+RESCALED_DB = 15.0  # less for weights that took factors of whole columns: few of them then hold most of the energy
 BIAS_TOLERANCE = 0.01  # of its norm: bfloat16 rounds by 0.4 %
 MANY = 0.1  # share of bad rows beyond which the whole basis is in doubt, not the rows
-ROWS_AT_ONCE = 4096
+VALUES_AT_ONCE = 1 << 22  # of a matrix, some rows of which are compared: what stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class WeightMeasure:
 
     @property
     def floor_db(self) -> float:
-        return TENSOR_FLOOR_DB[self.scheme.weight_bits]
+        floor = TENSOR_FLOOR_DB[self.scheme.weight_bits]
+        return floor - RESCALED_DB if self.basis == "rescaled" else floor
 
 
 def compare_weights(source: Checkpoint, quantized: Checkpoint, rotation: Tensor | None) -> Iterator[WeightMeasure]:
@@ -132,7 +135,7 @@ def fit_basis(source: Checkpoint, quantized: Checkpoint, module: str, rotation: 
     if module.endswith(FREE_COLUMNS) and bool(plain.is_bad.any()):
         factors = plain.column_factors()
         scaled: Rows = lambda chosen: expected(chosen) * factors  # noqa: E731
-        sums = _compare(scaled, rows, len(plain.ee), plain.scheme)
+        sums = _compare(scaled, rows, len(plain.ee), len(plain.column_ee), plain.scheme)
         if plain.share_bad <= min(MANY, sums.share_bad):  # damaged rows bend the factors of all columns
             return Fit(plain, "smoothed" if is_smoothed else "source", expected)
     elif module.endswith(FREE_ROWS) and bool(plain.is_bad.any()):
@@ -153,8 +156,9 @@ def _as_expected(
     weight = quantized.weight(module)
     rows = rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
     expected, _ = expected_rows(source, quantized, module, rotation)
-    num_rows = source.info(f"{module}.weight").shape[0]
-    return _compare(expected, rows, num_rows, DENSE if weight is None else weight.scheme), expected, rows
+    num_rows, *row = source.info(f"{module}.weight").shape
+    scheme = DENSE if weight is None else weight.scheme
+    return _compare(expected, rows, num_rows, math.prod(row), scheme), expected, rows
 
 
 def _is_undone(source: Checkpoint, quantized: Checkpoint, module: str, rotation: Tensor | None, plain: _Sums) -> Tensor:
@@ -243,10 +247,9 @@ class _Sums:
         return WeightMeasure(module, scheme, basis, db, nearest, tuple(bad), worst)
 
 
-def _compare(expected: Rows, found: Rows, num_rows: int, scheme: Scheme) -> _Sums:
+def _compare(expected: Rows, found: Rows, num_rows: int, width: int, scheme: Scheme) -> _Sums:
     rows, columns = [], []
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        chosen = slice(first, min(first + ROWS_AT_ONCE, num_rows))
+    for chosen in _pieces(num_rows, width):
         e, d = expected(chosen), found(chosen)
         difference = e - d
         products = [e * e, e * d, d * d, difference * difference]
@@ -255,12 +258,18 @@ def _compare(expected: Rows, found: Rows, num_rows: int, scheme: Scheme) -> _Sum
     return _Sums(scheme, *torch.cat(rows, dim=1), *torch.stack(columns).sum(0))
 
 
+def _pieces(num_rows: int, width: int) -> Iterator[slice]:
+    """All rows, some at a time."""
+    count = max(1, VALUES_AT_ONCE // width)
+    for first in range(0, num_rows, count):
+        yield slice(first, min(first + count, num_rows))
+
+
 def _nearest(expected: Rows, weight: Weight, eps: float) -> float:
     """Share of the integers that lie within half a step of the expected weight, or as much further as rounding moves that."""
     assert weight.scale is not None, "a quantized weight has scales"
     count = 0
-    for first in range(0, weight.out_features, ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
+    for rows in _pieces(weight.out_features, weight.in_features):
         step = weight.scale[rows].view(-1, weight.scale[rows].numel() // len(weight.scale[rows]), 1)
         if weight.group_scale is not None:
             step = step * weight.group_scale[rows][:, :, None]

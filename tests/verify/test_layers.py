@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_a_model_beside_itself_is_exact_everywhere(tiny_checkpoint: Path, sample
     assert {db for block in found.blocks for db in (*block.delta_db.values(), *block.stream_db.values())} == {200.0}
     assert len(found.layers) == 3 * 5 + 2 + 2 * 7  # tower, merger, decoder
     assert torch.equal(found.exact, found.quantized)
+
+
+def test_a_placeholder_in_an_answer_stands_for_no_picture(tiny_checkpoint: Path, samples: list[Sample]) -> None:
+    config = open_checkpoint(tiny_checkpoint).config
+    said = replace(samples[0], answer=(config.image_token_id, *samples[0].answer))
+    assert torch.equal(pack([said], config).media_rows, pack(samples[:1], config).media_rows)
 
 
 def test_kinds_of_tokens_are_told_apart(tiny_checkpoint: Path, dynamic: Path, samples: list[Sample]) -> None:

@@ -1,0 +1,162 @@
+"""What quantizing costs in time and memory at real sizes: the command line, in a process of its own, on random weights.
+
+    python benchmarks/quantize_memory.py                    all cases, into benchmarks/results/quantization-memory.json
+    python benchmarks/quantize_memory.py 3b --layers 4 --vision-depth 4 --json /tmp/trial.json
+
+Each case makes its checkpoint in a temporary folder (3B: 13 GB of disk with what is written beside it), removed afterwards.
+Random weights cost what trained ones do; accuracy measured on them says nothing. `small` has the size of the model on which
+msModelSlim took 475 s and 0.8 to 1.1 GB for m2 with two photos on one thread: exact mode does the same work, best mode its own.
+Photos are drawn unless --photos names a folder of some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+from saccade.base.meter import gigabytes
+from saccade.kernels.choose import processor_name
+from saccade.quantize.samples import draw
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quantization-memory.json"
+POLL_S = 0.05
+PHOTO_SIZES = ((640, 479), (500, 375))  # width, height
+
+
+@dataclass(frozen=True)
+class Case:
+    """`options` of `saccade quantize`; {model}, {out} and {photos} stand for folders. None: the preset's own depth."""
+
+    preset: str
+    num_photos: int
+    threads: int | None
+    options: tuple[str, ...]
+    limit_bytes: float
+    limit_s: float | None = None
+    layers: int | None = None
+    vision_depth: int | None = None
+
+
+M2 = ("--scheme", "w8a8", "--smooth", "m2", "--format", "vllm-ascend", "--calibration", "{photos}")
+EXACT = ("--model_path", "{model}", "--save_directory", "{out}", "--calib_images", "{photos}", "--anti_method", "m2")
+CASES = {
+    "small-exact": Case("small", 2, 1, EXACT, 1.1e9, 47),
+    "small": Case("small", 2, 1, ("{model}", "{out}", *M2), 1.1e9, 47),
+    "3b": Case("3b", 8, None, ("{model}", "{out}", *M2), 4e9),
+    "72b": Case("72b", 8, None, ("{model}", "{out}", *M2), 8e9, layers=2),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one case. `said` is the last line of the command, `peak_memory_bytes` the most its process ever held."""
+
+    case: str
+    command: str
+    layers: int | None
+    vision_depth: int | None
+    threads: int
+    seconds: float
+    peak_memory_bytes: int
+    limit_bytes: float
+    limit_s: float | None
+    said: str
+    day: str
+
+
+def measure(name: str, case: Case, photos: Sequence[Path], extra: Sequence[str]) -> Result:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        depth = [("--layers", case.layers), ("--vision-depth", case.vision_depth)]
+        shorter = [text for option, count in depth if count is not None for text in (option, str(count))]
+        tool = ROOT / "tools" / "random_checkpoint.py"
+        subprocess.run([sys.executable, tool, case.preset, work / "model", *shorter], check=True, stdout=sys.stderr)
+        save_photos(work / "photos", photos, case.num_photos)
+        threads = case.threads or len(os.sched_getaffinity(0))
+        options = [*case.options, "--threads", str(threads), *extra]
+        places = {"model": str(work / "model"), "out": str(work / "out"), "photos": str(work / "photos")}
+        command = [sys.executable, "-m", "saccade.cli", "quantize", *(option.format(**places) for option in options)]
+        seconds, peak, said = run(command)
+    shown = " ".join(["saccade", "quantize", *options])
+    return Result(
+        name, shown, case.layers, case.vision_depth, threads, round(seconds, 1), peak, case.limit_bytes, case.limit_s,
+        said.replace(temporary, "."), datetime.date.today().isoformat(),
+    )  # fmt: skip
+
+
+def run(command: Sequence[str]) -> tuple[float, int, str]:
+    """Seconds, peak bytes, and the last line printed. Exits with the command's own complaint if it fails."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_info().rss)
+        except psutil.Error:  # it has just ended
+            break
+        time.sleep(POLL_S)
+    out, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{out}")
+    return time.perf_counter() - start, peak, out.strip().splitlines()[-1]
+
+
+def save_photos(folder: Path, photos: Sequence[Path], count: int) -> None:
+    """`count` of the reference's sizes: of given photos other parts each time, or drawn."""
+    folder.mkdir()
+    for number in range(count):
+        width, height = PHOTO_SIZES[number % len(PHOTO_SIZES)]
+        if photos:
+            whole = Image.open(photos[number % len(photos)]).convert("RGB")
+            left = whole.width // 8 * (number // len(photos))
+            picture = whole.crop((left, 0, left + whole.width // 2, whole.height)).resize((width, height))
+        else:
+            picture = draw(number).resize((width, height))
+        picture.save(folder / f"{number}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all by default")
+    parser.add_argument("--photos", type=Path, help="a folder of photos to cut from")
+    parser.add_argument("--layers", type=int, help="decoder layers, for a trial")
+    parser.add_argument("--vision-depth", type=int, help="tower blocks, for a trial")
+    parser.add_argument(
+        "--option", action="append", default=[], help="one more for saccade quantize, as --option=--no-verify"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    photos = (
+        sorted(path for path in options.photos.iterdir() if path.suffix in (".jpg", ".png")) if options.photos else []
+    )
+    results: list[Result] = []
+    for name in options.cases or CASES:
+        case = CASES[name]
+        case = replace(
+            case, layers=options.layers or case.layers, vision_depth=options.vision_depth or case.vision_depth
+        )
+        results.append(measure(name, case, photos, options.option))
+        print(
+            f"{name}: {results[-1].seconds} s, {gigabytes(results[-1].peak_memory_bytes)}; {results[-1].said}",
+            flush=True,
+        )
+        machine = {"processor": processor_name(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+        entry = {"machine": machine, "results": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from saccade.kernels import triton_attention, triton_linear, triton_rows
+from saccade.kernels import triton_attention, triton_heads, triton_linear, triton_rows
 from saccade.kernels.record import PagedLayout, Segments
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight
@@ -81,10 +81,17 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "rms_norm", lambda: triton_rows.rms_norm(x, x[0], 1e-6)
     yield "rms_norm, residual", lambda: triton_rows.rms_norm(x, x[0], 1e-6, x)
     yield "silu_mul", lambda: triton_rows.silu_mul(zeros(4, 2 * 11008))
+    for name in ("w8a8", "w8a8-dynamic", "fp8"):
+        weight = _weight(name)
+        yield f"rms_norm for {name}", lambda weight=weight: triton_rows.norm_rows(x, x[0], 1e-6, x, weight)
+        yield (
+            f"silu_mul for {name}",
+            lambda weight=weight: triton_rows.rows_for(zeros(4, 2 * 11008), weight, is_gated=True),
+        )
     for head_dim, num_heads, num_kv_heads in ((80, 16, 16), (128, 16, 2)):
         q, k = zeros(364, num_heads, head_dim), zeros(364, num_kv_heads, head_dim)
         angles = zeros(364, head_dim // 2, of=torch.float32)
-        yield f"rope {head_dim}", lambda q=q, k=k, angles=angles: triton_rows.rope(q, k, angles, angles)
+        yield f"rope {head_dim}", lambda q=q, k=k, angles=angles: triton_heads.rope(q, k, angles, angles)
         for lengths in ((300, 64), (64,) * 5 + (44,)):
             segments = Segments(lengths)
             yield (
@@ -96,10 +103,17 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         for query, context in ((1, 20), (1, 3000), (300, 300)):
             layout = PagedLayout((query,), (context,), zeros(1, 200, of=torch.int64), zeros(query, of=torch.int64))
             q, k = zeros(query, 16, 128), zeros(query, 2, 128)
+            angles = zeros(query, 64, of=torch.float32)
             name = f"{query} of {context}, {str(cache_dtype).removeprefix('torch.')}"
             yield (
                 f"store_kv {name}",
-                lambda k=k, cache=cache, layout=layout: triton_rows.store_kv(k, k, cache, cache, layout),
+                lambda k=k, cache=cache, layout=layout: triton_heads.store_kv(k, k, cache, cache, layout),
+            )
+            yield (
+                f"rope_and_store {name}",
+                lambda angles=angles, cache=cache, layout=layout: triton_heads.rope_and_store(
+                    zeros(len(angles), 20 * 128), angles, angles, cache, cache, layout, 16
+                ),
             )
             yield (
                 f"attention_paged {name}",

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.record import PagedLayout, Segments
-from saccade.kernels.triton_rows import dot, narrow, operand, unbroken
+from saccade.kernels.triton_common import dot, narrow, operand, unbroken
+from saccade.kernels.triton_heads import scales_of
 
 KEY_TILE = 64
 MAX_SPLITS = 32
@@ -205,11 +206,8 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
     parts = (num_tokens * num_heads * splits) if splits > 1 else 0
     acc = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
     largest, total = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))
-    k_scale = v_scale = None
-    if k_cache.dtype == torch.int8:  # a row's last four bytes are its scale
-        k_scale, v_scale = (cache.view(torch.float32)[..., -1] for cache in (k_cache, v_cache))
     _paged[(len(tiles), num_kv_heads, splits)](
-        q, k_cache, v_cache, out, acc, largest, total, k_scale, v_scale,
+        q, k_cache, v_cache, out, acc, largest, total, *scales_of(k_cache, v_cache),
         tiles, layout.contexts, layout.block_tables, scale * _LOG2_E, layout.block_tables.stride(0), q.stride(0), q.stride(1),
         BLOCK_SIZE=block_size, K=num_kv_heads, R=share, D=head_dim, D_BLOCK=_head_block(head_dim), ROW=k_cache.shape[-1],
         QUERIES=queries, M=rows, C=_key_tile(q.dtype), SPLITS=splits, num_warps=4, num_stages=2,

@@ -17,16 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.triton_rows import (
-    IS_INTERPRETED,
-    dot,
-    from_e4m3,
-    narrow,
-    operand,
-    quantize_rows,
-    quantize_static,
-    unbroken,
-)
+from saccade.kernels.triton_common import IS_INTERPRETED, dot, narrow, operand
+from saccade.kernels.triton_rows import Rows, from_e4m3, rows_for
 from saccade.schemes.packing import RUN
 from saccade.schemes.scheme import Weight
 
@@ -194,22 +186,19 @@ def _num_programs(device: torch.device) -> int:
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    scheme = weight.scheme
-    if scheme.is_dense:
+    return reference.linear(x, weight) if weight.scheme.is_dense else product(rows_for(x, weight), weight, x.dtype)
+
+
+def product(rows: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """rows: [T, H] as the weight multiplies them. Returns [T, O] in `dtype`: see Linear in the record."""
+    x, x_scale = rows.values, rows.scale
+    if weight.scheme.is_dense:
         return reference.linear(x, weight)
-    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    x_scale: Tensor | None = None
-    if weight.static is not None:
-        x_q = quantize_static(x, weight.static)
-    elif scheme.activation == "dynamic":
-        x_q, x_scale = quantize_rows(x, scheme.is_float)
-    else:
-        x_q = unbroken(x)
-    if scheme.is_float and _is_torch_faster(x_q, weight, out):
-        return _scaled_mm(x_q, x_scale, weight, out.dtype)
-    _multiply(x_q, x_scale, weight, out)
+    if weight.scheme.is_float and _is_torch_faster(x, weight, dtype):
+        return _scaled_mm(x, x_scale, weight, dtype)
+    out = torch.empty(len(x), weight.out_features, dtype=dtype, device=x.device)
+    if out.numel():
+        _multiply(x, x_scale, weight, out)
     return out
 
 
@@ -260,11 +249,11 @@ def _multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor) ->
         )  # fmt: skip
 
 
-def _is_torch_faster(x: Tensor, weight: Weight, out: Tensor) -> bool:
+def _is_torch_faster(x: Tensor, weight: Weight, dtype: torch.dtype) -> bool:
     """cuBLAS multiplies e4m3 at twice the rate of 16 bits; it wants columns and outputs in sixteens and gives bfloat16."""
     return (
         len(x) > FEW_ROWS
-        and out.dtype == torch.bfloat16
+        and dtype == torch.bfloat16
         and weight.in_features % 16 == 0
         and weight.out_features % 16 == 0
         and not IS_INTERPRETED

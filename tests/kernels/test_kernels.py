@@ -199,9 +199,9 @@ def test_one_op_can_be_swapped_and_the_record_says_so(monkeypatch: pytest.Monkey
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     kernels = choose(torch.device("cpu"), {"rope": "triton"})
-    from saccade.kernels import triton_rows
+    from saccade.kernels import triton_heads
 
-    assert kernels.rope is triton_rows.rope
+    assert kernels.rope is triton_heads.rope
     assert kernels.sources == {**choose(torch.device("cpu")).sources, "rope": "triton"}
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(OptionError, match=r"'triton' of kernel 'rope' does not serve cpu here: .*NVIDIA"):

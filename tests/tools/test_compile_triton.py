@@ -15,6 +15,7 @@ SOME = (
     "silu_mul",
     "rope 128",
     "store_kv 1 of 20",
+    "rope_and_store 1 of 20",
     "1 of 3000",
     "fp8, 1 rows",
     "w4a8-g128, 1 rows",
@@ -22,13 +23,13 @@ SOME = (
 )
 KERNELS = {
     "rms_norm",
-    "silu_mul",
+    "each",
     "rope",
     "store_kv",
+    "rope_and_store",
     "paged",
     "merge",
     "quantize_rows",
-    "quantize_static",
     "matmul",
     "add_parts",
 }

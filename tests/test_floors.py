@@ -26,6 +26,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "cpu",
             "triton_common",
             "triton_rows",
+            "triton_cuts",
             "triton_heads",
             "triton_attention",
             "triton_linear",

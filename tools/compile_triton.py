@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from saccade.kernels import triton_attention, triton_heads, triton_linear, triton_rows
+from saccade.kernels import triton_attention, triton_cuts, triton_heads, triton_linear, triton_rows
 from saccade.kernels.record import PagedLayout, Segments
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight
@@ -140,7 +140,7 @@ def _weight(name: str) -> Weight:
 
 def compile_all(capability: int, dtype: torch.dtype, only: Sequence[str]) -> bool:
     """Whether every op whose name holds one of `only` (none: every op) compiles; says which does not."""
-    triton_linear._num_programs = lambda device: 4 * MULTIPROCESSORS
+    triton_cuts.num_programs = lambda device: 4 * MULTIPROCESSORS
     triton_attention._num_multiprocessors = lambda device: MULTIPROCESSORS
     triton_linear._is_torch_faster = lambda *_: False
     compiled, failed = Compiled(capability), 0

@@ -8,9 +8,6 @@ Letters: T rows of x, O outputs, H columns, G columns in a group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,12 +15,11 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.triton_common import IS_INTERPRETED, dot, narrow, operand
+from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_of, tuned_cut
 from saccade.kernels.triton_rows import Rows, from_e4m3, rows_for
 from saccade.schemes.packing import RUN
 from saccade.schemes.scheme import Weight
 
-FEW_ROWS = 16  # up to here reading the weight takes all the time
-MAX_SPLITS = 16
 SCALED_MM_CAPABILITY = (9, 0)  # from here on torch multiplies e4m3 with a scale for each row
 
 _RUN = tl.constexpr(RUN)
@@ -140,70 +136,32 @@ def _add_parts(
     tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-# --- how a product is cut ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The tile a program computes, how often the columns are split, and what Triton is told about running it."""
-
-    block_t: int
-    block_o: int
-    block_h: int
-    splits: int
-    num_warps: int
-    num_stages: int
-
-
-def cut_of(num_rows: int, weight: Weight, itemsize: int, programs: int) -> Cut:
-    """For any card: tiles of usual size; few rows are split until there are `programs`. `itemsize`: bytes of a value of x."""
-    scheme, num_outputs, num_columns = weight.scheme, weight.out_features, weight.in_features
-    if num_rows <= FEW_ROWS:
-        block_t, block_o, block_h, num_warps, num_stages = 16, 64 if scheme.weight_bits == 4 else 32, 256, 4, 4
-    elif num_rows <= 64:
-        block_t, block_o, block_h, num_warps, num_stages = 64, 64, 128, 4, 3
-    else:
-        block_t, block_o, block_h, num_warps, num_stages = 128, 128, 128, 8, 3
-    if itemsize > 1:
-        block_h //= itemsize
-    if scheme.group_size is not None:
-        block_h = min(block_h, scheme.group_size)
-        if scheme.is_two_stage:  # nibbles of a kind lie in half a tile's columns, and int8 is multiplied 32 at a time
-            block_h = max(block_h, 64)
-    splits = 1
-    tiles = triton.cdiv(num_rows, block_t) * triton.cdiv(num_outputs, block_o)
-    while num_rows <= FEW_ROWS and tiles * splits < programs and 2 * splits <= MAX_SPLITS:
-        if num_columns < 4 * splits * block_h:  # every part has two tiles of columns or more
-            break
-        splits *= 2
-    return Cut(block_t, block_o, block_h, splits, num_warps, num_stages)
-
-
-@lru_cache(maxsize=16)
-def _num_programs(device: torch.device) -> int:
-    """Programs that keep a card busy while it reads: four for each multiprocessor. Interpreted, a few."""
-    return 8 if device.type == "cpu" else 4 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+# --- the product -------------------------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    return reference.linear(x, weight) if weight.scheme.is_dense else product(rows_for(x, weight), weight, x.dtype)
+    return product(rows_for(x, weight), weight, x.dtype)
 
 
 def product(rows: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:
     """rows: [T, H] as the weight multiplies them. Returns [T, O] in `dtype`: see Linear in the record."""
     x, x_scale = rows.values, rows.scale
-    if weight.scheme.is_dense:
+    cut = tuned_cut(len(x), weight, x.device)
+    if weight.scheme.is_dense and cut is None:
         return reference.linear(x, weight)
     if weight.scheme.is_float and _is_torch_faster(x, weight, dtype):
         return _scaled_mm(x, x_scale, weight, dtype)
     out = torch.empty(len(x), weight.out_features, dtype=dtype, device=x.device)
     if out.numel():
-        _multiply(x, x_scale, weight, out)
+        multiply(x, x_scale, weight, out, cut or cut_of(len(x), weight, x.element_size(), x.device))
     return out
 
 
-def _multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor) -> None:
-    """x: [T, H] as the scheme multiplies it, x_scale: [T] float32 where activations are dynamic. Fills out [T, O]."""
+def multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut: Cut) -> None:
+    """The product by our kernel, cut so. Fills out [T, O].
+
+    x: [T, H] as the scheme multiplies it, x_scale: [T] float32 where activations are dynamic.
+    """
     scheme = weight.scheme
     (num_rows, num_columns), num_outputs = x.shape, weight.out_features
     is_packed = scheme.weight_bits == 4
@@ -215,7 +173,6 @@ def _multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor) ->
         dot = tl.float16  # holds each of their numbers, and the sums are float32
     else:
         dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
-    cut = cut_of(num_rows, weight, x.element_size(), _num_programs(x.device))
     group_scale = weight.scale if has_float_groups else weight.group_scale
     scale: Tensor | None
     bias: Tensor | None

@@ -1,0 +1,126 @@
+"""Measure on this card which cut of each product is fastest, and keep it for all cards of the name.
+
+    python -m tools.tune_triton                               3B and 7B, every scheme: saccade/kernels/tuned/CARD.json
+    python -m tools.tune_triton --sizes 7b --schemes w8a16 dense --rows 1
+    TRITON_INTERPRET=1 python -m tools.tune_triton --tiny     on a CPU: that it runs; prints, keeps nothing
+
+Each candidate's result is held against that of the default cut before it is timed. A dense weight gets a cut only where it
+beats cuBLAS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product as combinations
+
+import torch
+import triton
+
+from saccade.kernels import reference
+from saccade.kernels.triton_cuts import FEW_ROWS, TUNED_ROWS, Cut, cut_of, key_of, write
+from saccade.kernels.triton_linear import multiply
+from saccade.kernels.triton_rows import rows_for
+from saccade.schemes.affine import quantize_weight
+from saccade.schemes.scheme import DENSE, SCHEMES, Weight, fitting
+
+SHAPES = {  # columns and outputs of q/k/v, output, gate and up, down
+    "3b": ((2048, 2560), (2048, 2048), (2048, 22_016), (11_008, 2048)),
+    "7b": ((3584, 4608), (3584, 3584), (3584, 37_888), (18_944, 3584)),
+    "tiny": ((64, 96),),
+}
+SCHEME_NAMES = ("dense", "w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128", "w4a8-g256")
+
+
+def candidates(default: Cut, num_rows: int, weight: Weight) -> Iterator[Cut]:
+    """The default first, then its neighbours."""
+    yield default
+    few = num_rows <= FEW_ROWS
+    for block_o, block_h, splits, num_warps, num_stages in combinations(
+        (16, 32, 64) if few else (64, 128),
+        (default.block_h // 2, default.block_h, 2 * default.block_h),
+        sorted({max(1, default.splits // 2), default.splits, 2 * default.splits}) if few else (1,),
+        (4,) if few else (4, 8),
+        (3, 5) if few else (3, 4),
+    ):
+        cut = Cut(default.block_t, block_o, block_h, splits, num_warps, num_stages)
+        if cut != default and block_h >= 32 and cut.fits(weight):
+            yield cut
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median; on a card with its cache emptied in between, as a decoding step finds it."""
+    if device.type == "cuda":
+        return 1e-3 * float(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def tune(num_rows: int, weight: Weight, device: torch.device) -> tuple[Cut | None, float, float]:
+    """The fastest cut (None: cuBLAS), its seconds, and those of what would run without it."""
+    x = torch.randn(num_rows, weight.in_features, dtype=torch.bfloat16, device=device)
+    rows = rows_for(x, weight)
+    default = cut_of(num_rows, weight, rows.values.element_size(), device)
+    expected = torch.empty(num_rows, weight.out_features, dtype=x.dtype, device=device)
+    multiply(rows.values, rows.scale, weight, expected, default)
+    best: Cut | None = None
+    without = fastest = float("inf")
+    if weight.scheme.is_dense:
+        without = fastest = seconds(lambda: reference.linear(x, weight), device)
+    for cut in candidates(default, num_rows, weight):
+        out = torch.empty_like(expected)
+
+        def call(cut: Cut = cut, out: torch.Tensor = out) -> None:
+            multiply(rows.values, rows.scale, weight, out, cut)
+
+        try:
+            call()
+        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+            continue  # too large for this card
+        error = (out.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not error < 0.02:
+            sys.exit(f"{key_of(num_rows, weight)}: {cut} is off by {error:.1%}")
+        took = seconds(call, device)
+        if cut == default and not weight.scheme.is_dense:
+            without = took
+        if took < fastest:
+            best, fastest = cut, took
+    return best, fastest, without
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["3b", "7b"], choices=list(SHAPES))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEME_NAMES), choices=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(TUNED_ROWS), choices=TUNED_ROWS)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape on a CPU, interpreted")
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        sys.exit("this machine has no CUDA device; TRITON_INTERPRET=1 and --tiny run every part on a CPU")
+    device = torch.device("cpu" if args.tiny else "cuda")
+    cuts: dict[str, Cut] = {}
+    for size, name, num_rows in combinations(["tiny"] if args.tiny else args.sizes, args.schemes, args.rows):
+        for num_columns, num_outputs in SHAPES[size]:
+            scheme = fitting(SCHEMES[name], num_columns)
+            weight = Weight(
+                torch.randn(num_outputs, num_columns, dtype=torch.bfloat16, device=device) / num_columns**0.5
+            )
+            weight = weight if scheme is DENSE else quantize_weight(weight, scheme)
+            best, fastest, without = tune(num_rows, weight, device)
+            rate = weight.size_bytes / fastest / 1e12
+            key = key_of(num_rows, weight)
+            print(
+                f"{key:44} {1e6 * fastest:8.1f} us, {rate:5.2f} TB/s, {without / fastest:4.2f} x the default: {best}",
+                flush=True,
+            )
+            if best is not None:
+                cuts[key] = best
+    if not args.tiny:
+        print(write(torch.cuda.get_device_name(device), cuts))
+
+
+if __name__ == "__main__":
+    main()

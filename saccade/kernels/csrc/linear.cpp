@@ -18,10 +18,8 @@ constexpr bool IS_BFLOAT16<BFloat16> = true;
 
 #if defined(__AVX512BF16__)
 using DenseFew = DensePairs;
-using NibblesFew = NibblePairs;  // for x of bfloat16
 #else
 using DenseFew = Wide<BFloat16>;
-using NibblesFew = WideNibbles;
 #endif
 
 #if defined(__AMX_INT8__)
@@ -55,15 +53,17 @@ bool linear_by_tiles(const LinearCall&) {
 template <class T>
 void linear_of(const LinearCall& call) {
   if (linear_by_tiles<T>(call)) return;
+  const bool is_fine = call.layer.group_size < PACKED_COLUMNS;
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
     case SACCADE_W8A16: return multiply_by_rows<T, Wide<int8_t>>(call);
     case SACCADE_W4A16:
-      if constexpr (IS_BFLOAT16<T>) return multiply_by_rows<T, NibblesFew>(call);
+      if constexpr (IS_BFLOAT16<T>) return is_fine ? multiply_by_rows<T, FixedNibbles<true>>(call) : multiply_by_rows<T, FixedNibbles<false>>(call);
       return multiply_by_rows<T, WideNibbles>(call);
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_rows<T, Bytes>(call);
-    case SACCADE_W4A8: return multiply_by_rows<T, Nibbles>(call);
+    case SACCADE_W4A8:
+      return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
   }
 }
 

@@ -11,15 +11,28 @@
 
 namespace saccade::SACCADE_ISA {
 
-constexpr int64_t FILL_BYTES = 64;  // rows are filled up to a multiple of this
-constexpr int64_t FILL_ROWS = 32;   // and there is room for so many: what lies there is read, its products are not
-constexpr int64_t FEW_ROWS = 8;     // up to here the caller does it alone: waking others would take longer
+constexpr int64_t FILL_BYTES = 256;  // rows are filled up to a multiple of this: what any kind of weights takes at once
+constexpr int64_t LINE_BYTES = 64;
+constexpr int64_t FILL_ROWS = 32;    // and there is room for so many: what lies there is read, its products are not
+constexpr int64_t FEW_ROWS = 8;      // up to here the caller does it alone: waking others would take longer
 constexpr float TINY = 1.17549435e-38f;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// V: int8_t, BFloat16 or float.
+constexpr int64_t RUN = 32;                     // columns whose nibbles share 16 bytes (packing.py)
+constexpr int64_t PACKED_COLUMNS = 2 * BYTES;   // columns of a vector of nibbles
+constexpr int64_t RUNS = PACKED_COLUMNS / RUN;  // in it
+
+// x as numbers of 16 bits, as many columns as a vector of nibbles has with one scale: off by at most 2^-16 of the largest of
+// them. `values` stand in the order in which nibbles come out of words: of each word the lowest, the second, the third, the last.
+struct FixedBlock {
+  alignas(64) int16_t values[4][BYTES / 2];
+  float sums[FLOATS];   // of the values that meet in a lane: what its products have too much for each unit of the zero point
+  float scale[FLOATS];  // the same in all
+};
+
+// V: int8_t, BFloat16, float or FixedBlock.
 template <class V>
 struct Input {
   V* values;         // [M, stride]
@@ -30,14 +43,23 @@ struct Input {
 
 constexpr int64_t AHEAD = 2048;  // bytes of x prefetched: the processor's own prefetching stops at pages
 
+// The bits without the sign order like the numbers, infinity and NaN above them.
+inline uint32_t magnitude_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits & 0x7FFFFFFF;
+}
+inline float magnitude_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 template <class T>
 float largest_magnitude(const T* x, int64_t count) {
-  uint32_t largest = 0;  // of the bits without the sign, which order like the numbers, infinity and NaN above them
+  uint32_t largest = 0;
   const auto take = [&](int64_t i) {
-    const float value = to_float(x[i]);
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    bits &= 0x7FFFFFFF;
+    const uint32_t bits = magnitude_bits(to_float(x[i]));
     largest = bits > largest ? bits : largest;
   };
   constexpr int64_t TOGETHER = 256 / sizeof(T);
@@ -47,9 +69,7 @@ float largest_magnitude(const T* x, int64_t count) {
     for (int64_t i = first; i < first + TOGETHER; ++i) take(i);
   }
   for (; first < count; ++first) take(first);
-  float value;
-  memcpy(&value, &largest, 4);
-  return value;
+  return magnitude_of(largest);
 }
 
 inline int8_t rounded(float value, float low, float high) {  // half to even
@@ -102,6 +122,47 @@ void take_row(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out, 
   }
 }
 
+// x: `count` columns of a row, at most PACKED_COLUMNS.
+template <class T>
+void take_block(const T* x, int64_t count, FixedBlock& block) {
+  float wide[PACKED_COLUMNS] = {};
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    wide[i] = to_float(x[i]);
+    const uint32_t bits = magnitude_bits(wide[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  float scale = magnitude_of(largest) / 32767.0f;
+  scale = scale < TINY ? TINY : scale;
+  const float inverse = 1.0f / scale;
+  int16_t whole[PACKED_COLUMNS] = {};
+  if (scale - scale == 0.0f)  // infinity or NaN: zero times that scale is NaN
+    for (int64_t i = 0; i < PACKED_COLUMNS; ++i)
+      whole[i] = static_cast<int16_t>(static_cast<int32_t>(nearbyintf(wide[i] * inverse)));
+  constexpr int64_t HALF = RUN / 2, QUARTER = RUN / 4, EIGHTH = RUN / 8;
+  for (int64_t run = 0; run < RUNS; ++run) {
+    const int16_t *low = whole + run * RUN, *high = low + HALF;
+    for (int64_t i = 0; i < QUARTER; ++i) {
+      block.values[0][run * QUARTER + i] = low[2 * i];
+      block.values[1][run * QUARTER + i] = high[2 * i];
+      block.values[2][run * QUARTER + i] = low[2 * i + 1];
+      block.values[3][run * QUARTER + i] = high[2 * i + 1];
+    }
+    for (int64_t i = 0; i < EIGHTH; ++i) {
+      int32_t sum = 0;
+      for (int64_t j = 4 * i; j < 4 * i + 4; ++j) sum += low[j] + high[j];
+      block.sums[run * EIGHTH + i] = static_cast<float>(sum);
+    }
+  }
+  for (float& each : block.scale) each = scale;
+}
+
+template <class T>
+void take_row(const SaccadeLinear& layer, const T* x, const Input<FixedBlock>&, FixedBlock* block, int64_t) {
+  for (int64_t first = 0; first < layer.in_features; first += PACKED_COLUMNS, ++block)
+    take_block(x + first, smaller(layer.in_features - first, PACKED_COLUMNS), *block);
+}
+
 template <class T, class V>
 void take_row(const SaccadeLinear& layer, const T* x, const Input<V>& out, V* values, int64_t) {
   const int64_t count = layer.in_features;
@@ -121,17 +182,29 @@ Input<V> input_scales(int64_t rows) {
   return out;
 }
 
-// All rows of x, in memory of this thread that lives until its next linear.
-template <class T, class V>
-Input<V> take_input(const LinearCall& call) {
+// Values of a row of x with the room behind it.
+template <class V>
+int64_t row_stride(int64_t columns) {
   // An odd multiple: rows a power of two apart would fall into the same few sets of the first-level cache.
-  const int64_t stride = (round_up(call.layer.in_features * sizeof(V), FILL_BYTES) | FILL_BYTES) / sizeof(V);
+  return (round_up(columns * sizeof(V), FILL_BYTES) | LINE_BYTES) / sizeof(V);
+}
+template <>
+inline int64_t row_stride<FixedBlock>(int64_t columns) {
+  return (columns + PACKED_COLUMNS - 1) / PACKED_COLUMNS;
+}
+
+// All rows of x, in memory of this thread that lives until its next linear. arrange(values) sees each row once it is there.
+template <class T, class V, class Function>
+Input<V> take_input(const LinearCall& call, Function&& arrange) {
+  const int64_t stride = row_stride<V>(call.layer.in_features);
   auto out = input_scales<V>(call.rows);
   out.stride = stride;
   out.values = static_cast<V*>(scratch(SCRATCH_INPUT, round_up(call.rows, FILL_ROWS) * stride * sizeof(V)));
   const T* x = static_cast<const T*>(call.x);
   const auto take = [&](int64_t row) {
-    take_row(call.layer, x + row * call.x_stride, out, out.values + row * stride, row);
+    V* const values = out.values + row * stride;
+    take_row(call.layer, x + row * call.x_stride, out, values, row);
+    arrange(values);
   };
   if (call.rows <= FEW_ROWS) {
     for (int64_t row = 0; row < call.rows; ++row) take(row);

@@ -7,7 +7,9 @@
 
 namespace saccade::SACCADE_ISA {
 
-constexpr int64_t PIECE = 64;  // outputs a thread takes at once
+constexpr int64_t PIECE = 64;           // outputs a thread takes at once
+constexpr int64_t WEIGHT_AHEAD = 4096;  // bytes of it that are fetched before they are multiplied
+constexpr int64_t MOST_ROWS = STREAM_ROWS > BLOCK_ROWS ? STREAM_ROWS : BLOCK_ROWS;
 
 // sums[m * PIECE + n] of N outputs from `output` on and M rows of x from `row` on.
 template <int N, int M, class Weights>
@@ -28,18 +30,18 @@ void multiply(const Weights& weights, int64_t output, const Input<typename Weigh
       decltype(weights.at(0, 0, group[0])) w[N];
       for (int n = 0; n < N; ++n) {
         w[n] = weights.at(output + n, column, group[n]);
-        __builtin_prefetch(weights.address(output + N + n, column), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(weights.address(output + n, column)) + WEIGHT_AHEAD, 0, 2);
       }
       for (int m = 0; m < M; ++m) {
-        const auto x_m = Weights::input(values + m * x.stride + column);
+        const auto& x_m = Weights::input(values + m * x.stride, column);
         for (int n = 0; n < N; ++n) sum[n][m] = multiply_add(sum[n][m], w[n], x_m);
       }
     }
-    if (column < end)
+    if (Weights::HAS_END && column < end)
       for (int n = 0; n < N; ++n) {
         const auto w = weights.end(output + n, column, group[n]);
         for (int m = 0; m < M; ++m)
-          sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride + column));
+          sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride, column));
       }
   }
   for (int m = 0; m < M; ++m)
@@ -49,35 +51,38 @@ void multiply(const Weights& weights, int64_t output, const Input<typename Weigh
     }
 }
 
-template <int N, class Weights>
+// All rows of x that are left, at most MOST_ROWS.
+template <int N, int M, class Weights>
 void multiply_rows(const Weights& weights, int64_t output, const Input<typename Weights::Value>& x, int64_t row,
                    int64_t rows, typename Weights::Number* sums) {
-  if constexpr (BLOCK_ROWS > 1) {
-    switch (rows) {
-      case 4: return multiply<N, 4>(weights, output, x, row, sums);
-      case 3: return multiply<N, 3>(weights, output, x, row, sums);
-      case 2: return multiply<N, 2>(weights, output, x, row, sums);
-    }
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rows<N, M - 1>(weights, output, x, row, rows, sums);
   }
-  multiply<N, 1>(weights, output, x, row, sums);
+  multiply<N, M>(weights, output, x, row, sums);
 }
 
+// Few rows go with one output after the other, as the weight lies in memory: that is read fastest. Of many, blocks with several
+// outputs share what is loaded of x.
 template <class T, class Weights>
 void multiply_by_rows(const LinearCall& call) {
+  using Value = typename Weights::Value;
   const Weights weights(call.layer);
-  const auto x = take_input<T, typename Weights::Value>(call);
+  const auto x = take_input<T, Value>(call, [&](Value* row) { Weights::arrange(row, weights.columns); });
   const int64_t outputs = call.layer.out_features;
-  Pieces pieces(round_up(outputs, PIECE) / PIECE);
-  parallel([&](int, int) {
-    typename Weights::Number sums[BLOCK_ROWS * PIECE];
-    for (int64_t piece; (piece = pieces.next()) >= 0;) {
+  const bool is_stream = call.rows <= STREAM_ROWS;
+  const int64_t together = is_stream ? STREAM_ROWS : BLOCK_ROWS;
+  Shares shares((outputs + PIECE - 1) / PIECE);
+  parallel([&](int thread, int) {
+    typename Weights::Number sums[MOST_ROWS * PIECE];
+    for (int64_t piece; (piece = shares.next(thread)) >= 0;) {
       const int64_t first = piece * PIECE, count = smaller(outputs - first, PIECE);
-      for (int64_t row = 0; row < call.rows; row += BLOCK_ROWS) {
-        const int64_t rows = smaller(call.rows - row, BLOCK_ROWS);
+      for (int64_t row = 0; row < call.rows; row += together) {
+        const int64_t rows = smaller(call.rows - row, together);
         int64_t n = 0;
-        for (; n + BLOCK_OUTPUTS <= count; n += BLOCK_OUTPUTS)
-          multiply_rows<BLOCK_OUTPUTS>(weights, first + n, x, row, rows, sums + n);
-        for (; n < count; ++n) multiply_rows<1>(weights, first + n, x, row, rows, sums + n);
+        if (!is_stream)
+          for (; n + BLOCK_OUTPUTS <= count; n += BLOCK_OUTPUTS)
+            multiply_rows<BLOCK_OUTPUTS, BLOCK_ROWS>(weights, first + n, x, row, rows, sums + n);
+        for (; n < count; ++n) multiply_rows<1, MOST_ROWS>(weights, first + n, x, row, rows, sums + n);
         for (int64_t m = 0; m < rows; ++m) finish<T>(call, x, sums + m * PIECE, row + m, first, count);
       }
     }

@@ -22,9 +22,37 @@ struct BytesTile : Bytes {
   __m512i end(int64_t row, int64_t column, Group) const { return load_part(address(row, column), columns - column); }
 };
 
-struct NibblesTile : NibblesWith<0> {
-  using NibblesWith::NibblesWith;
+// 64 nibbles of 32 bytes in the order of their columns; a group is of 32 columns or more.
+struct NibblesTile : NibbleRows<Integers> {
   static constexpr bool IS_INTEGER = true;
+  const int8_t* scales;
+
+  explicit NibblesTile(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.group_scale) {}
+
+  using Group = __m512i;  // a table for each 16 columns
+  int64_t span() const { return groups.size() < STEP ? STEP : groups.size(); }
+  __m256i table(int64_t row, int64_t column) const {
+    const int8_t* at = NIBBLE_TABLES<0>.rows[scales[groups.number(row, column)] & 127];
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+  }
+  Group group(int64_t row, int64_t column) const {
+    const __m512i first = _mm512_castsi256_si512(table(row, column));
+    return _mm512_inserti64x4(first, table(row, column + RUN), 1);
+  }
+  static __m512i looked_up(__m256i packed, Group table) {
+    const __m512i order = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+    const __m512i twice = _mm512_permutexvar_epi64(order, _mm512_castsi256_si512(packed));
+    constexpr int64_t FOURS = 0x0004000400040004;
+    const __m512i shifted = _mm512_srlv_epi16(twice, _mm512_setr_epi64(0, 0, FOURS, FOURS, 0, 0, FOURS, FOURS));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(shifted, _mm512_set1_epi8(15)));
+  }
+  __m512i at(int64_t row, int64_t column, Group table) const {
+    return looked_up(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(address(row, column))), table);
+  }
+  __m512i end(int64_t row, int64_t column, Group table) const {
+    const auto run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(address(row, column)));
+    return looked_up(_mm256_zextsi128_si256(run), table);
+  }
 };
 
 struct DenseTile : DensePairs {
@@ -32,19 +60,9 @@ struct DenseTile : DensePairs {
   static constexpr bool IS_INTEGER = false;
 };
 
-struct BytesPairsTile : Pairs {  // every int8 is a bfloat16
+struct BytesPairsTile : RowMajor<int8_t, Pairs> {  // every int8 is a bfloat16
+  using RowMajor::RowMajor;
   static constexpr bool IS_INTEGER = false;
-  const int8_t* values;
-  int64_t columns;
-
-  explicit BytesPairsTile(const SaccadeLinear& layer)
-      : values(static_cast<const int8_t*>(layer.values)), columns(layer.in_features) {}
-
-  struct Group {};
-  int64_t span() const { return columns; }
-  Group group(int64_t, int64_t) const { return {}; }
-
-  const int8_t* address(int64_t row, int64_t column) const { return values + row * columns + column; }
   static __m512i widened(__m256i bytes) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
@@ -59,17 +77,12 @@ struct BytesPairsTile : Pairs {  // every int8 is a bfloat16
   }
 };
 
-struct NibblePairsTile : Pairs {  // value times scale, rounded to bfloat16
+struct NibblePairsTile : NibbleRows<Pairs> {  // value times scale, rounded to bfloat16
   static constexpr bool IS_INTEGER = false;
-  const uint8_t* values;
   const float* scales;
   const int8_t* zeros;
-  int64_t columns;
-  Groups groups;
 
-  explicit NibblePairsTile(const SaccadeLinear& layer)
-      : values(static_cast<const uint8_t*>(layer.values)), scales(layer.scale), zeros(layer.zero),
-        columns(layer.in_features), groups(layer) {}
+  explicit NibblePairsTile(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.scale), zeros(layer.zero) {}
 
   using Group = __m512i;  // what the 16 nibbles stand for, twice
   int64_t span() const { return groups.size(); }
@@ -79,7 +92,6 @@ struct NibblePairsTile : Pairs {  // value times scale, rounded to bfloat16
         (__m256i)_mm512_cvtneps_pbh(float_table(scales[group], zeros == nullptr ? 0.0f : zeros[group]));
     return _mm512_broadcast_i64x4(table);
   }
-  const uint8_t* address(int64_t row, int64_t column) const { return values + ((row * columns + column) >> 1); }
   __m512i at(int64_t row, int64_t column, Group table) const {
     const __m128i run = _mm_loadu_si128(reinterpret_cast<const __m128i*>(address(row, column)));
     const __m256i low = _mm256_cvtepu8_epi16(run);

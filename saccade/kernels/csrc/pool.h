@@ -35,6 +35,40 @@ class Pieces {
   int64_t next_ = 0;
 };
 
+// The same, but neighbouring pieces go to one thread as long as it has not fallen behind: memory is read fastest in order. A thread
+// that has done its share takes the last pieces of others'.
+class Shares {
+ public:
+  explicit Shares(int64_t count) : num_shares_(num_threads() < MOST ? num_threads() : MOST) {
+    for (int i = 0; i < num_shares_; ++i)
+      shares_[i].range = pack(count * i / num_shares_, count * (i + 1) / num_shares_);
+  }
+  int64_t next(int thread) {
+    for (int i = 0; i < num_shares_; ++i) {
+      Share& share = shares_[(thread + i) % num_shares_];
+      uint64_t range = __atomic_load_n(&share.range, __ATOMIC_RELAXED);
+      while (begin(range) < end(range)) {
+        const bool is_own = i == 0 && thread < num_shares_;
+        const uint64_t left = is_own ? pack(begin(range) + 1, end(range)) : pack(begin(range), end(range) - 1);
+        if (__atomic_compare_exchange_n(&share.range, &range, left, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+          return is_own ? begin(range) : end(range) - 1;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int MOST = 64;
+  static uint64_t pack(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+  static int64_t begin(uint64_t range) { return static_cast<int64_t>(range >> 32); }
+  static int64_t end(uint64_t range) { return static_cast<int64_t>(range & 0xFFFFFFFF); }
+  struct alignas(64) Share {
+    uint64_t range;
+  };
+  int num_shares_;
+  Share shares_[MOST];
+};
+
 // Memory of the calling thread that lives on between calls, aligned to 64 bytes; its contents do not. nullptr if there is none.
 // A slot is one use of it: a later request for the same slot may move it.
 enum Scratch {

@@ -17,6 +17,7 @@ namespace saccade::SACCADE_ISA {
 
 constexpr int BYTES = 64;
 constexpr int BLOCK_OUTPUTS = 4, BLOCK_ROWS = 4;  // accumulators that fit the registers
+constexpr int STREAM_ROWS = 8;                    // the same for one output
 using Int8 = __m512i;
 using Sum = __m512i;
 
@@ -27,21 +28,17 @@ inline Int8 load_part(const int8_t* p, int64_t count) {  // zeros beyond count
 inline Sum zero_sum() { return _mm512_setzero_si512(); }
 inline int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
 
-// 64 nibbles of 32 bytes, a run of 16 columns in the low nibbles of 16 bytes, the next in their high ones (packing.py).
-inline Int8 spread_nibbles(__m256i packed) {
-  const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(packed));
-  const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
-                                           0x0004000400040004);
-  return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+inline Int8 low_nibbles(Int8 packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
+inline Int8 high_nibbles(Int8 packed) { return low_nibbles(_mm512_srli_epi16(packed, 4)); }
+using Table = __m512i;  // 16 values for each 16 nibbles
+inline Table load_table(const int8_t* row) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
 }
-inline Int8 load_nibbles(const uint8_t* p) { return spread_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Int8 load_nibbles_part(const uint8_t* p) {  // one run of 32 columns, then zeros
-  return spread_nibbles(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-using Table = __m512i;  // of 16 values, for each 16 columns
-inline Table load_table(const int8_t* first, const int8_t* second) {  // of the first and the second half of the columns
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)first))),
-                            _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)second)), 1);
+inline Table load_tables(const int8_t* const (&rows)[BYTES / 16]) {
+  const auto at = [&](int i) { return _mm_load_si128(reinterpret_cast<const __m128i*>(rows[i])); };
+  const __m256i first = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+  const __m256i second = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 inline Int8 look_up(Int8 nibbles, Table table) { return _mm512_shuffle_epi8(table, nibbles); }
 
@@ -74,6 +71,7 @@ inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
 
 constexpr int BYTES = 32;
 constexpr int BLOCK_OUTPUTS = 2, BLOCK_ROWS = 4;
+constexpr int STREAM_ROWS = 4;
 using Int8 = __m256i;
 using Sum = __m256i;
 
@@ -90,15 +88,15 @@ inline int32_t total(Sum sum) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
-inline Int8 load_nibbles(const uint8_t* p) {
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-  return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-inline Int8 load_nibbles_part(const uint8_t* p) { return load_nibbles(p); }  // never shorter than 32 columns
+inline Int8 low_nibbles(Int8 packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+inline Int8 high_nibbles(Int8 packed) { return low_nibbles(_mm256_srli_epi16(packed, 4)); }
 using Table = __m256i;
-inline Table load_table(const int8_t* first, const int8_t*) {
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(first)));
+inline Table load_table(const int8_t* row) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
+}
+inline Table load_tables(const int8_t* const (&rows)[BYTES / 16]) {
+  const auto at = [&](int i) { return _mm_load_si128(reinterpret_cast<const __m128i*>(rows[i])); };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
 }
 inline Int8 look_up(Int8 nibbles, Table table) { return _mm256_shuffle_epi8(table, nibbles); }
 
@@ -131,6 +129,7 @@ inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
 
 constexpr int BYTES = 32;
 constexpr int BLOCK_OUTPUTS = 1, BLOCK_ROWS = 1;
+constexpr int STREAM_ROWS = 1;
 constexpr int32_t PRODUCT_OFFSET = 0;
 struct Int8 {
   int8_t values[BYTES];
@@ -151,19 +150,21 @@ inline Int8 load_part(const int8_t* p, int64_t count) {
 }
 inline Sum zero_sum() { return 0; }
 inline int32_t total(Sum sum) { return sum; }
-inline Int8 load_nibbles(const uint8_t* p) {
-  Int8 all;
-  for (int i = 0; i < 16; ++i) {
-    all.values[i] = p[i] & 15;
-    all.values[16 + i] = p[i] >> 4;
-  }
-  return all;
+inline Int8 low_nibbles(Int8 packed) {
+  for (int8_t& value : packed.values) value &= 15;
+  return packed;
 }
-inline Int8 load_nibbles_part(const uint8_t* p) { return load_nibbles(p); }  // never shorter than 32 columns
-using Table = const int8_t*;
-inline Table load_table(const int8_t* first, const int8_t*) { return first; }
-inline Int8 look_up(Int8 nibbles, Table table) {
-  for (int i = 0; i < BYTES; ++i) nibbles.values[i] = table[nibbles.values[i]];
+inline Int8 high_nibbles(Int8 packed) {
+  for (int8_t& value : packed.values) value = static_cast<int8_t>(static_cast<uint8_t>(value) >> 4);
+  return packed;
+}
+struct Table {
+  const int8_t* rows[BYTES / 16];
+};
+inline Table load_table(const int8_t* row) { return {{row, row}}; }
+inline Table load_tables(const int8_t* const (&rows)[BYTES / 16]) { return {{rows[0], rows[1]}}; }
+inline Int8 look_up(Int8 nibbles, const Table& table) {
+  for (int i = 0; i < BYTES; ++i) nibbles.values[i] = table.rows[i / 16][nibbles.values[i]];
   return nibbles;
 }
 inline const Int8& left(const Int8& w) { return w; }
@@ -325,6 +326,112 @@ inline Float look_up(const uint8_t* run, int column, FloatTable table) {
   }
   return all;
 }
+
+#endif
+
+// --- words of 16 bits, and sums of their products in lanes of 32, as many as FLOATS ---
+
+#if defined(__AVX512BW__)
+
+using Words = __m512i;
+
+inline Words zero_words() { return _mm512_setzero_si512(); }
+inline Int8 load(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline Int8 flip_nibbles(Int8 packed) { return _mm512_xor_si512(packed, _mm512_set1_epi8(-0x78)); }  // value + 8
+template <int I>
+inline Int8 nibble_of_words(Int8 packed) {
+  const __m512i low = I == 0 ? packed : _mm512_srli_epi16(packed, 4 * I);
+  return I == 3 ? low : _mm512_and_si512(low, _mm512_set1_epi16(15));
+}
+inline Words multiply_words(Words sum, Int8 w, Int8 x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, w, x);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+#endif
+}
+inline Float widen(Words sum) { return _mm512_cvtepi32_ps(sum); }
+inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+inline Float multiply_subtract(Float from, Float a, Float b) { return _mm512_fnmadd_ps(a, b, from); }
+inline Float each_run(const float (&values)[BYTES / 16]) {  // four lanes are a run of 32 columns
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                               _mm512_castps128_ps512(_mm_loadu_ps(values)));
+}
+inline Float each_run(float value) { return _mm512_set1_ps(value); }
+
+#elif defined(__AVX2__)
+
+using Words = __m256i;
+
+inline Words zero_words() { return _mm256_setzero_si256(); }
+inline Int8 load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Int8 flip_nibbles(Int8 packed) { return _mm256_xor_si256(packed, _mm256_set1_epi8(-0x78)); }
+template <int I>
+inline Int8 nibble_of_words(Int8 packed) {
+  const __m256i low = I == 0 ? packed : _mm256_srli_epi16(packed, 4 * I);
+  return I == 3 ? low : _mm256_and_si256(low, _mm256_set1_epi16(15));
+}
+inline Words multiply_words(Words sum, Int8 w, Int8 x) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sum, w, x);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+#endif
+}
+inline Float widen(Words sum) { return _mm256_cvtepi32_ps(sum); }
+inline Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+inline Float multiply_subtract(Float from, Float a, Float b) { return _mm256_fnmadd_ps(a, b, from); }
+inline Float each_run(const float (&values)[BYTES / 16]) {
+  return _mm256_insertf128_ps(_mm256_set1_ps(values[0]), _mm_set1_ps(values[1]), 1);
+}
+inline Float each_run(float value) { return _mm256_set1_ps(value); }
+
+#else
+
+struct Words {
+  int32_t values[FLOATS];
+};
+
+inline Words zero_words() { return {}; }
+inline Int8 load(const int16_t* p) { return load(reinterpret_cast<const int8_t*>(p)); }
+inline Int8 flip_nibbles(Int8 packed) {
+  for (int8_t& value : packed.values) value = static_cast<int8_t>(value ^ 0x88);
+  return packed;
+}
+template <int I>
+inline Int8 nibble_of_words(Int8 packed) {
+  uint16_t words[BYTES / 2];
+  memcpy(words, packed.values, BYTES);
+  for (uint16_t& word : words) word = word >> 4 * I & 15;
+  memcpy(packed.values, words, BYTES);
+  return packed;
+}
+inline Words multiply_words(Words sum, const Int8& w, const Int8& x) {
+  int16_t left[BYTES / 2], right[BYTES / 2];
+  memcpy(left, w.values, BYTES);
+  memcpy(right, x.values, BYTES);
+  for (int i = 0; i < FLOATS; ++i) sum.values[i] += left[2 * i] * right[2 * i] + left[2 * i + 1] * right[2 * i + 1];
+  return sum;
+}
+inline Float widen(const Words& sum) {
+  Float all;
+  for (int i = 0; i < FLOATS; ++i) all.values[i] = static_cast<float>(sum.values[i]);
+  return all;
+}
+inline Float multiply(Float a, const Float& b) {
+  for (int i = 0; i < FLOATS; ++i) a.values[i] *= b.values[i];
+  return a;
+}
+inline Float multiply_subtract(Float from, const Float& a, const Float& b) {
+  for (int i = 0; i < FLOATS; ++i) from.values[i] -= a.values[i] * b.values[i];
+  return from;
+}
+inline Float each_run(const float (&values)[BYTES / 16]) {
+  Float all;
+  for (int i = 0; i < FLOATS; ++i) all.values[i] = values[i / 4];
+  return all;
+}
+inline Float each_run(float value) { return each_run({value, value}); }
 
 #endif
 

@@ -98,7 +98,7 @@ class Runner:
         preprocessing = vision = 0.0
         for group in _groups(list(missing.values())):
             start = time.perf_counter()
-            rows = torch.cat([patches(medium.frames, self.model.config) for medium in group])
+            rows = torch.cat([patches(medium.frames.to(self.model.device), self.model.config) for medium in group])
             middle = time.perf_counter()
             grids = [medium.receipt.grid for medium in group]
             lengths = [medium.receipt.num_tokens for medium in group]

@@ -33,7 +33,7 @@ DEFAULT_LIST_FPS = 2.0  # what a list of frames without a rate is taken to be sa
 
 
 def patches(frames: Tensor, config: ModelConfig) -> Tensor:
-    """Patch rows of a medium: [F, 3, H, W] uint8 -> [P, 1176] float32, equal to transformers' processor bit for bit.
+    """Patch rows of a medium: [F, 3, H, W] uint8 -> [P, 1176] float32 on the same device, equal to transformers' processor bit for bit.
 
     A single frame is taken twice in time, an odd count repeats the last. Rows run over time pairs, block rows, block columns,
     and the rows and columns inside a 2 x 2 block; inside a row: channel, time, y, x. Values are (v / 255 - mean) / std.
@@ -52,10 +52,13 @@ def patches(frames: Tensor, config: ModelConfig) -> Tensor:
     values = blocks.to(torch.float32, memory_format=torch.contiguous_format).view(
         -1, channels, num_distinct, size * size
     )
-    # transformers multiplies by 1/255 in float64 and rounds; on whole levels this division gives the same 256 floats.
-    mean = torch.tensor(config.preprocessing.image_mean, dtype=torch.float32).view(channels, 1, 1)
-    std = torch.tensor(config.preprocessing.image_std, dtype=torch.float32).view(channels, 1, 1)
-    values.div_(255).sub_(mean).div_(std)
+    # transformers multiplies by 1/255 in float64 and rounds; on whole levels this division gives the same 256 floats. All three
+    # are tensors: a card takes a division by a Python number for a product with its reciprocal.
+    levels, mean, std = (
+        torch.tensor(numbers, dtype=torch.float32, device=frames.device).view(-1, 1, 1)
+        for numbers in ([255.0], config.preprocessing.image_mean, config.preprocessing.image_std)
+    )
+    values.div_(levels).sub_(mean).div_(std)
     return values.expand(-1, -1, pair, -1).reshape(-1, vision.patch_values)
 
 

@@ -118,7 +118,9 @@ def measure_saccade(quantization: str | None, threads: int, preset: str, tokens_
     from saccade.model.layers import size_bytes
 
     start = time.perf_counter()
-    llm = random_llm(preset, quantization=quantization, threads=threads, kv_cache_tokens=4096, prefix_cache=False)
+    llm = random_llm(
+        preset, quantization=quantization, threads=threads, kv_cache_tokens=4096, prefix_cache=False, speculation="off"
+    )
     load_s = time.perf_counter() - start
     messages = messages_for("Describe this picture in detail.", [picture()])
 

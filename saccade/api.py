@@ -24,6 +24,7 @@ from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_te
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
+from saccade.engine.lookup import speculation_for
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.engine.request import Request, Timings
 from saccade.engine.runner import Runner
@@ -178,7 +179,8 @@ class LLM:
             _serve(Runner(*sizes))
         runner = Runner(*sizes) if crew.ranks.is_alone else LeadingRunner(crew, *sizes)
         pool = BlockPool(num_blocks, options.block_size)
-        scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache)
+        speculation = speculation_for(options, runner.num_alike_rows)
+        scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache, speculation)
         self.engine = Engine(runner, scheduler, tokenizer)
 
     def _num_blocks(self, config: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:

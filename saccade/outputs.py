@@ -51,6 +51,8 @@ class RequestOutput:
     timings: Timings
     num_cached_tokens: int
     prompt_logprobs: list[list[Logprob]] | None
+    num_drafted_tokens: int = 0  # of all answers: guessed and computed beside the tokens that were due,
+    num_accepted_tokens: int = 0  # and those of them that were right
 
     @property
     def is_finished(self) -> bool:
@@ -80,5 +82,7 @@ def output_of(requests: Sequence[Request]) -> RequestOutput:
         media=list(media),
         timings=first.timings,
         num_cached_tokens=first.num_cached,
+        num_drafted_tokens=sum(request.num_drafted for request in requests),
+        num_accepted_tokens=sum(request.num_accepted for request in requests),
         prompt_logprobs=list(first.prompt_logprobs) if first.params.prompt_logprobs is not None else None,
     )

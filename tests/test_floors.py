@@ -93,6 +93,7 @@ FLOORS: list[dict[str, list[str]]] = [
         ],
         "engine": [
             "options",
+            "lookup",
             "sampling",
             "blocks",
             "request",

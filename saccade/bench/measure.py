@@ -90,6 +90,7 @@ class BenchResult:
     media: list[MediaReceipt]
     tokens_in: int
     tokens_out: int
+    tokens_per_step: float  # of the answers' decoding; more than 1 where guesses were right
     warmup: int
     stages: tuple[Stage, ...]  # in the order of STAGES
     peak_memory_bytes: int  # of the process, loading included
@@ -122,7 +123,8 @@ class BenchResult:
         return (
             f"{self.model}: {self.tokens_in} tokens in, {self.tokens_out} out in {_time(total.median_s)}; "
             f"{1 / token.median_s:.1f} tokens/s while decoding, {token.reached:.0%} of the limit; "
-            f"peak memory {memory / 1e9:.1f} GB"
+            + (f"{self.tokens_per_step:.2f} tokens a step; " if self.tokens_per_step > 1 else "")
+            + f"peak memory {memory / 1e9:.1f} GB"
         )
 
     def conditions(self) -> str:
@@ -212,6 +214,7 @@ def bench(
         media=output.media,
         tokens_in=len(output.prompt_token_ids),
         tokens_out=tokens_out,
+        tokens_per_step=statistics.median(_tokens_per_step(answer, tokens_out) for answer, _ in runs),
         warmup=options.warmup,
         stages=_stages(seconds, works, tokens_out, machine),
         peak_memory_bytes=peak,
@@ -264,6 +267,10 @@ def _tokens_out(runs: Sequence[tuple[RequestOutput, float]]) -> int:
             "fix their length: --min-tokens 128 --max-tokens 128"
         )
     return lengths[0]
+
+
+def _tokens_per_step(output: RequestOutput, tokens_out: int) -> float:
+    return (tokens_out - 1) / (tokens_out - 1 - output.num_accepted_tokens)
 
 
 def _stage_seconds(output: RequestOutput, total_s: float, tokens_out: int) -> tuple[float, ...]:

@@ -114,6 +114,11 @@ def _print_findings(output: RequestOutput) -> None:
             f"vision {times.vision_s:.2f}, prefill {times.prefill_s:.2f}, decode {times.decode_s:.2f}",
             file=sys.stderr,
         )
+        if output.num_drafted_tokens:
+            print(
+                f"{output.num_accepted_tokens} of {output.num_drafted_tokens} guessed tokens were right",
+                file=sys.stderr,
+            )
 
 
 def _where(values: tuple[float, ...]) -> str:
@@ -129,6 +134,8 @@ def output_json(output: RequestOutput) -> dict[str, Any]:
             "prompt_tokens": len(output.prompt_token_ids),
             "cached_tokens": output.num_cached_tokens,
             "completion_tokens": sum(len(answer.token_ids) for answer in output.outputs),
+            "drafted_tokens": output.num_drafted_tokens,
+            "accepted_tokens": output.num_accepted_tokens,
         },
         "timings": dataclasses.asdict(output.timings),
         "prompt_logprobs": _logprobs_json(output.prompt_logprobs),

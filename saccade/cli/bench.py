@@ -21,7 +21,7 @@ from saccade.inputs.options import MediaOptions
 @flags(BenchOptions)
 @flags(SamplingParams, max_tokens=128, min_tokens=128)
 @flags(MediaOptions)
-@flags(EngineOptions)
+@flags(EngineOptions, speculation="off")  # a token a step: what the limit of a decoded token means
 def command(model: str, images: tuple[str, ...], videos: tuple[str, ...], question: str, **values: Any) -> None:
     """Measure every stage of an answer, and its distance from the machine's limit.
 

@@ -27,7 +27,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of S chunks. last_rows[s] is the row of chunk s's last token."""
+    """T tokens of S chunks. last_rows[s] is the row of chunk s's last token, draft or not."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [3, T] int64
@@ -47,7 +47,8 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batc
     for index, chunk in enumerate(chunks):
         request = chunk.request
         row = len(token_ids)
-        token_ids += request.token_ids(chunk.start, chunk.stop)
+        token_ids += request.token_ids(chunk.start, chunk.known_stop)
+        token_ids += chunk.drafts
         _place_positions(chunk, positions[:, row : row + chunk.length])
         slots += [request.blocks[t // block_size] * block_size + t % block_size for t in range(chunk.start, chunk.stop)]
         for span, medium in zip(request.prompt.spans, request.prompt.media, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from saccade.base.errors import OptionError, PromptError
 from saccade.engine.batch import Batch, pack
+from saccade.engine.lookup import Lookup
 from saccade.engine.options import SamplingParams
 from saccade.engine.request import Request
 from saccade.engine.runner import Runner
@@ -52,6 +54,7 @@ class Engine:
             raise PromptError(f"token id {max(prompt.token_ids)} is beyond the vocabulary of {vocab_size}")
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise OptionError(f"logprobs {params.logprobs} is more than the vocabulary of {vocab_size}")
+        speculation = self.scheduler.speculation
         requests = []
         for index in range(params.n):
             seeded = params if params.seed is None else dataclasses.replace(params, seed=params.seed + index)
@@ -62,6 +65,7 @@ class Engine:
                 self.tokenizer.stream(params.skip_special_tokens),
                 max_tokens=min(params.max_tokens, self.max_context - len(prompt)),
                 eos_token_ids=frozenset(self.config.generation.eos_token_ids),
+                lookup=Lookup(prompt.token_ids, speculation) if speculation is not None else None,
             )
             requests.append(request)
         for request in requests:
@@ -121,21 +125,36 @@ class Engine:
     def _take_tokens(self, chunks: Sequence[Chunk], batch: Batch, hidden: Tensor) -> list[Request]:
         advanced = []
         ending = [(chunk, row) for chunk, row in zip(chunks, batch.last_rows, strict=True) if chunk.reaches_end]
+        rows = [row for chunk, last in ending for row in range(last - len(chunk.drafts), last + 1)]
+        logits_of = self.runner.logits(hidden, rows)
+        for chunk, _ in ending:
+            advance(chunk.request, chunk.drafts, list(itertools.islice(logits_of, len(chunk.drafts) + 1)))
+            advanced.append(chunk.request)
         for chunk in chunks:
             self.scheduler.computed(chunk)
-        logits_of = self.runner.logits(hidden, [row for _, row in ending])
-        for (chunk, _), logits in zip(ending, logits_of, strict=True):
-            request = chunk.request
-            advanced.append(request)
-            if not is_finite(logits):
-                request.finish(
-                    "error",
-                    error=f"the model gave non-finite logits after {request.num_tokens} tokens; its weights or this "
-                    "precision are at fault: check the checkpoint (saccade inspect --check) or use --dtype float32",
-                )
-                continue
-            token_id = request.sampler.next_token(logits)
-            if request.params.logprobs is not None:
-                request.logprobs.append(top_logprobs(logits, token_id, request.params.logprobs))
-            request.append(token_id)
         return advanced
+
+
+def advance(request: Request, drafts: Sequence[int], logits: Sequence[Tensor]) -> None:
+    """Draws the request's next token, and as long as the draft beside it was right, the one after it.
+
+    logits[i]: [V] behind drafts[:i]. Each token is drawn as it would be in a step of its own, with the next random number and after
+    all that was said before; a draft changes nothing but how soon.
+    """
+    num_before = len(request.output_ids)
+    for draft, row in zip([*drafts, None], logits, strict=True):
+        if not is_finite(row):
+            request.finish(
+                "error",
+                error=f"the model gave non-finite logits after {request.num_tokens} tokens; its weights or this "
+                "precision are at fault: check the checkpoint (saccade inspect --check) or use --dtype float32",
+            )
+            break
+        token_id = request.sampler.next_token(row)
+        if request.params.logprobs is not None:
+            request.logprobs.append(top_logprobs(row, token_id, request.params.logprobs))
+        request.append(token_id)
+        if request.is_finished or token_id != draft:
+            break
+    said = request.output_ids[num_before:]
+    request.learn(len(drafts), sum(draft == token_id for draft, token_id in zip(drafts, said, strict=False)))

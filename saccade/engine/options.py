@@ -94,6 +94,14 @@ class EngineOptions:
     block_size: int = option(32, "tokens in a block of the cache", low=1, high=4096)
     max_tokens_per_step: int = option(2048, "tokens computed in a step; longer prompts are prefilled in chunks", low=1)
     max_running: int = option(256, "requests computed together", low=1, high=65536)
+    speculation: Literal["auto", "lookup", "off"] = option(
+        "auto",
+        "guess the next tokens from what the prompt and the answer said before; same answers, fewer steps; "
+        "auto: where a step of a few tokens costs little more than of one",
+    )
+    num_speculative_tokens: int = option(7, "most tokens guessed in a step, fewer while guesses fail", low=1, high=15)
+    prompt_lookup_max: int = option(3, "longest run of tokens that is looked for", low=1, high=32)
+    prompt_lookup_min: int = option(1, "shortest run of tokens that is looked for", low=1, high=32)
     prefix_cache: bool = option(True, "reuses what is known of a prompt's beginning, pictures included")
     encoder_cache_bytes: int = option(512 * 2**20, "bytes of vision features kept for media seen before", low=0)
     tensor_parallel: int = option(1, "processes that share the model, each with a GPU of its own", low=1, high=64)
@@ -101,3 +109,9 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.speculation not in ("auto", "lookup", "off"):
+            raise OptionError(f"speculation is {self.speculation!r}; it must be auto, lookup or off")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise OptionError(
+                f"prompt_lookup_min {self.prompt_lookup_min} is larger than prompt_lookup_max {self.prompt_lookup_max}"
+            )

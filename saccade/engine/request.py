@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saccade.engine.blocks import block_key
+from saccade.engine.lookup import Lookup
 from saccade.engine.options import SamplingParams
 from saccade.engine.sampling import Logprob, Sampler, is_looping
 from saccade.inputs.chat import TextStream
@@ -44,12 +45,14 @@ class Request:
         text: TextStream,
         max_tokens: int,
         eos_token_ids: frozenset[int],
+        lookup: Lookup | None = None,
     ) -> None:
-        """`max_tokens` is the limit after the context's; `params` are resolved."""
+        """`max_tokens` is the limit after the context's; `params` are resolved; `lookup` guesses the next tokens."""
         self.id = next(_ids)
         self.prompt = prompt
         self.params = params
         self.sampler = sampler
+        self.lookup = lookup
         self.stream = text
         self.max_tokens = max_tokens
         self.enders = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
@@ -62,6 +65,7 @@ class Request:
         self.error: str | None = None
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache when last admitted
+        self.num_drafted = self.num_accepted = 0  # tokens guessed and computed, and those of them that were right
         self.blocks: list[int] = []
         media_s = sum(medium.decode_s for medium in prompt.media)
         self.timings = Timings(media_s=media_s, preprocessing_s=prompt.prepare_s - media_s)
@@ -99,9 +103,23 @@ class Request:
             self._block_keys.append(block_key(previous, self.token_ids(start, stop), media))
         return self._block_keys[:num_blocks]
 
+    def guess(self, most: int) -> list[int]:
+        """Guesses of the tokens after the next, at most `most`, and none beyond the answer's longest."""
+        most = min(most, self.max_tokens - len(self.output_ids) - 1)
+        return self.lookup.guess(most) if self.lookup is not None and most > 0 else []
+
+    def learn(self, num_drafted: int, num_accepted: int) -> None:
+        """How many of the guesses in this step were what was drawn."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        if self.lookup is not None:
+            self.lookup.learn(num_drafted, num_accepted)
+
     def append(self, token_id: int) -> None:
         """Takes the next token; the answer ends if this token, its text or the length says so."""
         self.output_ids.append(token_id)
+        if self.lookup is not None:
+            self.lookup.append(token_id)
         if self.first_token is None:
             self.first_token = time.perf_counter()
         num = len(self.output_ids)

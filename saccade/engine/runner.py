@@ -90,6 +90,16 @@ class Runner:
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower
 
+    @property
+    def num_alike_rows(self) -> int:
+        """Up to how many tokens a step may have so that each one's logits have the bits it gives alone; 1 if that is unknown."""
+        alike = self.model.kernels.alike_rows
+        if alike is None or self.decoder_step is None:
+            return 1
+        layers = self.model.language.weights().layers
+        weights = [w for layer in layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return min(alike(weight, self.model.dtype) for weight in [*weights, self.model.lm_head.weight])
+
     @torch.inference_mode()
     def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:
         """Features [tokens, H] of each medium; the tower sees every content once. Returns them and the seconds it took."""

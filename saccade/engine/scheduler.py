@@ -2,7 +2,8 @@
 
 Every request wants tokens num_computed..num_tokens computed. A step gives each as many as the budget allows: a prompt in
 chunks, a token being decoded as a chunk of one. A request that finds no block sends the youngest back to wait; what was
-computed for it is found again in the prefix cache or computed again, and nothing is lost.
+computed for it is found again in the prefix cache or computed again, and nothing is lost. Where few tokens are computed
+together, guesses of the next ones follow a request's last: they take blocks that are free, never another's.
 """
 
 from __future__ import annotations
@@ -12,30 +13,45 @@ from dataclasses import dataclass
 
 from saccade.base.errors import PromptError
 from saccade.engine.blocks import BlockPool
+from saccade.engine.lookup import Speculation
 from saccade.engine.request import Request
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start..start+length of a request, to be computed in this step."""
+    """Tokens start..start+length of a request, to be computed in this step; the last of them are guesses, the drafts."""
 
     request: Request
     start: int
     length: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
         return self.start + self.length
 
     @property
+    def known_stop(self) -> int:
+        """Where the tokens that are drawn end and the drafts begin."""
+        return self.stop - len(self.drafts)
+
+    @property
     def reaches_end(self) -> bool:
         """Whether the step yields the request's next token."""
-        return self.stop == self.request.num_tokens
+        return self.known_stop == self.request.num_tokens
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, max_tokens_per_step: int, max_running: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_tokens_per_step: int,
+        max_running: int,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.pool = pool
+        self.speculation = speculation
         self.max_tokens_per_step = max_tokens_per_step
         self.max_running = max_running
         self.prefix_cache = prefix_cache
@@ -91,17 +107,39 @@ class Scheduler:
             chunks.append(chunk)
             budget -= chunk.length
         assert chunks or not self.has_work, "requests wait although the cache is empty"
+        if self.speculation is not None:
+            budget = min(budget, self.speculation.max_rows - sum(chunk.length for chunk in chunks))
+            for index, chunk in enumerate(chunks):
+                chunks[index] = self._with_drafts(chunk, budget // (len(chunks) - index), self.speculation.max_tokens)
+                budget -= len(chunks[index].drafts)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
-        """Notes that the chunk is in the cache; blocks that became full can be found by others."""
+        """Notes that the chunk is in the cache, of its drafts those that are the answer's tokens now.
+
+        Blocks that became full can be found by others; those that only wrong drafts needed are given back.
+        """
         request = chunk.request
-        request.num_computed = chunk.stop
+        request.num_computed = min(chunk.stop, max(chunk.known_stop, request.num_tokens - 1))
+        if chunk.drafts:
+            num_needed = self.pool.blocks_for(request.num_tokens)
+            self.pool.release(request.blocks[num_needed:])
+            del request.blocks[num_needed:]
         if self.prefix_cache:
-            first, last = chunk.start // self.pool.block_size, chunk.stop // self.pool.block_size
+            first, last = chunk.start // self.pool.block_size, request.num_computed // self.pool.block_size
             keys = request.block_keys(last, self.pool.block_size)
             for index in range(first, last):
                 self.pool.publish(request.blocks[index], keys[index])
+
+    def _with_drafts(self, chunk: Chunk, room: int, most: int) -> Chunk:
+        """The chunk with guesses behind it: at most `room` and `most`, none where there is no block for them."""
+        request = chunk.request
+        if room <= 0 or not chunk.reaches_end:
+            return chunk
+        drafts = request.guess(min(room, most))
+        if not drafts or not self._grow(request, chunk.stop + len(drafts)):
+            return chunk
+        return Chunk(request, chunk.start, chunk.length + len(drafts), tuple(drafts))
 
     def _admit(self, request: Request, budget: int) -> Chunk | None:
         """The request's first chunk, blocks for all its tokens held, or None while there is no room for them."""

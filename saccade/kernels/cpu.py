@@ -18,4 +18,5 @@ def kernels(library: Library) -> Kernels:
         attention_paged=cpu_attention.attention_paged(library),
         sources=dict.fromkeys(OPS, "cpu"),
         plan_decoder=cpu_decoder.plan_decoder(library),
+        alike_rows=cpu_linear.alike_rows,
     )

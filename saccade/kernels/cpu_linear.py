@@ -85,6 +85,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def alike_rows(weight: Weight, dtype: torch.dtype) -> int:
+    """See record.py. Sums of whole numbers are exact in any order; those of floats take another order where tiles begin.
+
+    Attention, too, is alike for so many queries of a sequence (FEW_QUERIES of csrc/attention.cpp), and no more.
+    """
+    layer = describe(weight, dtype)
+    return 1 if layer is None else {DENSE: 8, W8A16: 4, W4A16: 4}.get(layer.scheme, 16)
+
+
 def linear(library: Library) -> Linear:
     """The op over `library`. Weights it does not compute, and inputs that want gradients, go to the reference."""
     call = library.functions.saccade_linear

@@ -81,6 +81,11 @@ class Linear(Protocol):
         """
 
 
+class AlikeRows(Protocol):
+    def __call__(self, weight: Weight, dtype: torch.dtype) -> int:
+        """Up to how many rows of x of `dtype` `linear` takes at once so that each has the bits it has alone; 1 if that is unknown."""
+
+
 class RmsNorm(Protocol):
     def __call__(self, x: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual: [T, H]; gain: [H]. Returns (norm(x + residual), x + residual), both in x.dtype.
@@ -161,7 +166,8 @@ class PlanDecoder(Protocol):
 class Kernels:
     """Every op of the model; `sources` says which back end each comes from.
 
-    `plan_decoder`: where a back end has all ops of the decoder, a step of it as one call; without Python between the ops.
+    `plan_decoder`: where a back end has all ops of the decoder, a step of it as one call; without Python between the ops. A
+    row's bits depend on no other row of the step there, as far as `alike_rows` of its weights says.
     """
 
     linear: Linear
@@ -173,6 +179,7 @@ class Kernels:
     attention_paged: AttentionPaged
     sources: Mapping[str, str] = field(default_factory=dict)
     plan_decoder: PlanDecoder | None = None
+    alike_rows: AlikeRows | None = None
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("sources", "plan_decoder"))
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("sources", "plan_decoder", "alike_rows"))

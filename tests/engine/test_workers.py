@@ -21,7 +21,7 @@ from tests.goldens import GOLDENS
 
 SCRIPT = Path(__file__).with_name("sharded_answers.py")
 CASES: list[dict[str, str]] = [
-    {"dtype": "float32"},
+    {"dtype": "float32", "speculation": "lookup"},
     {"dtype": "bfloat16"},
     {"dtype": "float32", "quantization": "w8a8-dynamic"},
     {"dtype": "float32", "quantization": "w4a8-g32"},

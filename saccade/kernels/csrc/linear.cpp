@@ -23,12 +23,13 @@ using DenseFew = Wide<BFloat16>;
 #endif
 
 #if defined(__AMX_INT8__)
-constexpr int64_t TILES_PAY = 5;  // rows of x from which on tiles are faster
+constexpr int64_t TILES_PAY = 5;        // rows of x from which on tiles are faster
+constexpr int64_t TILES_PAY_DENSE = 9;  // as fast either way from 5 on; up to here a row has the bits it has alone (alike_rows)
 
 // Whether the layer was computed: sums of bfloat16 products are for x of bfloat16 only.
 template <class T>
 bool linear_by_tiles(const LinearCall& call) {
-  if (call.rows < TILES_PAY) return false;
+  if (call.rows < (call.layer.scheme == SACCADE_DENSE ? TILES_PAY_DENSE : TILES_PAY)) return false;
   switch (call.layer.scheme) {
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_tiles<T, BytesTile>(call), true;

@@ -21,12 +21,12 @@ from typing import Any
 from saccade import LLM, SamplingParams
 from saccade.api import messages_for
 from saccade.bench.model import random_llm
+from saccade.checkpoints.config import read_config
 from saccade.demo import FOLDER
 from saccade.engine import engine
 from saccade.engine.lookup import Lookup, Speculation
 from saccade.evals.tasks import draw
 from saccade.inputs.chat import ChatTokenizer
-from saccade.checkpoints.config import read_config
 
 TASKS = ("copy", "box", "form", "table", "count")
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0)

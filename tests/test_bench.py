@@ -31,6 +31,7 @@ from saccade.checkpoints.noise import RandomWeights
 from saccade.checkpoints.presets import PRESETS
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.geometry import Grid
+from saccade.kernels.library import load
 
 # --- work: the table of the model's description, section 14, to its printed digits --------------------------------------
 
@@ -205,6 +206,16 @@ def test_the_json_holds_every_time_the_machine_and_the_command(result: BenchResu
     assert written["kernels"]["linear"] in ("cpu", "reference")
     assert written["command"]
     assert (written["tokens_in"], written["tokens_out"]) == (result.tokens_in, 8)
+
+
+@pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
+def test_tokens_a_step_are_told_where_guesses_were_right() -> None:
+    llm = LLM("demo", device="cpu", kv_cache_tokens=512)
+    copied = bench(
+        llm, messages_for("Copy: 4 K 7 P 2"), EIGHT_TOKENS, BenchOptions(0, 1), name="demo", machine=limits()
+    )
+    assert 1 < copied.tokens_per_step < 8
+    assert f"; {copied.tokens_per_step:.2f} tokens a step; " in copied.headline()
 
 
 def test_the_table_leads_with_the_result(result: BenchResult, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,9 +55,8 @@ def unguessed(open_tiny: Open) -> list[Any]:
     [
         {},
         {"kv_cache_tokens": 704, "block_size": 8, "max_tokens_per_step": 90},
-        {"kv_cache_tokens": 704, "block_size": 1, "max_running": 5, "prefix_cache": False},
     ],
-    ids=["roomy", "small cache, chunks", "blocks of one, few at a time"],
+    ids=["roomy", "small cache, chunks"],
 )
 def test_64_mixed_requests_answer_as_without_guesses(
     open_tiny: Open, unguessed: list[Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -167,7 +167,7 @@ class LLM:
             )
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
-        is_int8 = options.kv_cache_dtype == "int8"
+        is_int8 = keeps_int8_cache(config, options)
         filling = Filling(source, dtype, device, scheme, folds_keys=is_int8)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance:
             for _ in model.load(filling):
@@ -396,9 +396,14 @@ def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Sc
     return int(total)
 
 
+def keeps_int8_cache(config: ModelConfig, options: EngineOptions) -> bool:
+    """As the option says, or else the checkpoint."""
+    return options.kv_cache_dtype == "int8" or (options.kv_cache_dtype == "auto" and config.has_int8_cache)
+
+
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
     text = config.text
-    row = text.head_dim + KV_SCALE_BYTES if options.kv_cache_dtype == "int8" else text.head_dim * dtype.itemsize
+    row = text.head_dim + KV_SCALE_BYTES if keeps_int8_cache(config, options) else text.head_dim * dtype.itemsize
     return 2 * text.num_layers * text.num_kv_heads * row
 
 

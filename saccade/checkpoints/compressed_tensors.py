@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError, OptionError
+from saccade.checkpoints.config import is_int8
 from saccade.checkpoints.json_file import printable
 from saccade.checkpoints.stored import (
     FLOATS,
@@ -51,6 +52,7 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _INTEGER_SCALES = "integer_group_scales"
+_INT8_CACHE = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _WORDS_AT_A_TIME = 1 << 16  # a quarter megabyte, which stays in the processor's cache
 
 # Modules that are linears in every engine; the patch embedding, a convolution, is none.
@@ -223,8 +225,12 @@ def parse(config: Mapping[str, Any]) -> Config:
 
 
 def _notes(config: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("kv_cache_scheme") is not None:
-        yield "kv_cache_scheme is not followed: Saccade's int8 cache (--kv-cache-dtype int8) measures each token"
+    cache = config.get("kv_cache_scheme")
+    if isinstance(cache, dict) and is_int8(cache):
+        if not cache.get("dynamic"):
+            yield "kv_cache_scheme has stored ranges for int8 keys and values; each token's own is taken, which is finer"
+    elif cache is not None:
+        yield "kv_cache_scheme is not followed: of quantized caches Saccade has int8 (--kv-cache-dtype int8)"
     for name, group in groups.items():
         inputs = group.get("input_activations") or {}
         if inputs.get("type") == "float" and not inputs.get("dynamic"):
@@ -495,8 +501,11 @@ def _words(values: Tensor) -> Tensor:
     return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
-def config_entry(assignment: Mapping[str, Scheme]) -> dict[str, Any]:
-    """quantization_config for these linears: canonical module name -> scheme, dense ones included."""
+def config_entry(assignment: Mapping[str, Scheme], has_int8_cache: bool = False) -> dict[str, Any]:
+    """quantization_config for these linears: canonical module name -> scheme, dense ones included.
+
+    `has_int8_cache`: whoever serves it is to keep keys and values as int8, each token and head with a scale of its own.
+    """
     by_scheme: dict[Scheme, list[str]] = {}
     for module, scheme in assignment.items():
         by_scheme.setdefault(scheme, []).append(module)
@@ -515,7 +524,7 @@ def config_entry(assignment: Mapping[str, Scheme]) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
         "ignore": list(_ignore(dense, [module for modules in quantized.values() for module in modules])),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(_INT8_CACHE) if has_int8_cache else None,
         "global_compression_ratio": None,
     }
     if any(scheme.is_two_stage for scheme in quantized):

@@ -6,6 +6,7 @@ knows no tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
 
+def is_int8(scheme: Mapping[str, Any]) -> bool:
+    """Whether a quantization scheme of config.json has integers of 8 bits."""
+    return scheme.get("num_bits") == 8 and scheme.get("type", "int") == "int"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     vision: VisionConfig
@@ -128,6 +134,12 @@ class ModelConfig:
     vision_end_token_id: int
     dtype: str  # "bfloat16" | "float16" | "float32": what the file declares
     quantization: dict[str, Any] | None = None  # quantization_config as it stands in config.json
+
+    @property
+    def has_int8_cache(self) -> bool:
+        """Whether the checkpoint asks for keys and values to be kept as int8."""
+        cache = (self.quantization or {}).get("kv_cache_scheme")
+        return isinstance(cache, dict) and is_int8(cache)
 
 
 def read_config(folder: Path) -> ModelConfig:

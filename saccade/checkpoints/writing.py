@@ -108,6 +108,7 @@ class CompressedTensors:
     """The files of the compressed-tensors library (see `compressed_tensors.py`)."""
 
     dtype: torch.dtype
+    has_int8_cache: bool = False
     name: str = compressed_tensors.METHOD
 
     def find_problems(self, assignment: Assignment) -> list[str]:
@@ -120,19 +121,23 @@ class CompressedTensors:
         return compressed_tensors.write(module, weight, self.dtype)
 
     def side_files(self, config: Mapping[str, Any], assignment: Assignment, names: Sequence[str]) -> dict[str, str]:
-        settings = without_quantization(config) | {"quantization_config": compressed_tensors.config_entry(assignment)}
+        entry = compressed_tensors.config_entry(assignment, self.has_int8_cache)
+        settings = without_quantization(config) | {"quantization_config": entry}
         return {"config.json": json.dumps(settings, indent=2) + "\n"}
 
 
 FORMATS = ("compressed-tensors", "vllm-ascend", "mindie")
 
 
-def format_named(name: str, dtype: torch.dtype) -> Format:
-    """The format the command line calls `name`; dtype: the model's. Raises OptionError for an unknown name."""
+def format_named(name: str, dtype: torch.dtype, has_int8_cache: bool = False) -> Format:
+    """The format the command line calls `name`; dtype: the model's. Raises OptionError for an unknown name, and for a cache of
+    int8 in a format that says nothing of caches."""
+    if has_int8_cache and name != compressed_tensors.METHOD:
+        raise OptionError(f"{name} files say nothing of the cache; leave kv_cache out and choose it when serving")
     if name in ("vllm-ascend", "mindie"):
         return Ascend("vllm" if name == "vllm-ascend" else "mindie", dtype)
     if name == compressed_tensors.METHOD:
-        return CompressedTensors(dtype)
+        return CompressedTensors(dtype, has_int8_cache)
     raise OptionError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}")
 
 

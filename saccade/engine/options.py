@@ -87,9 +87,10 @@ class EngineOptions:
         None, "CPU threads; default: OMP_NUM_THREADS, or as many as this process may use", low=1, high=4096
     )
     kv_cache_tokens: int | None = option(None, "tokens the key/value cache holds; default: what memory allows", low=1)
-    kv_cache_dtype: Literal["auto", "int8"] = option(
+    kv_cache_dtype: Literal["auto", "model", "int8"] = option(
         "auto",
-        "auto (the working type) or int8: half the cache of 16 bits; scales move from keys to queries while loading",
+        "model (the working type), int8 (half of 16 bits; scales move from keys to queries while loading), or auto: int8 where "
+        "the checkpoint asks for it",
     )
     block_size: int = option(32, "tokens in a block of the cache", low=1, high=4096)
     max_tokens_per_step: int = option(2048, "tokens computed in a step; longer prompts are prefilled in chunks", low=1)

@@ -91,6 +91,9 @@ class BestRecipe:
     )
     calibration: str = option(BUILTIN, "folder of pictures, .jsonl of conversations, or builtin")
     samples: int | None = option(None, "take only so many of them, drawn by the seed", low=1, high=100_000)
+    kv_cache: Literal["model", "int8"] = option(
+        "model", "what the files ask engines to keep keys and values as: the model's type, or int8 by token and head"
+    )
     seed: int = option(0, "of every draw", low=0, high=2**31)
     max_pixels: int = option(1280 * 28 * 28, "largest area of a calibration picture, in pixels", low=28 * 28)
     balance: bool = option(True, "let pictures and text weigh the same in all statistics")
@@ -102,6 +105,7 @@ class BestRecipe:
             ("scheme", SCHEME_NAMES),
             ("format", FORMATS),
             ("activation_range", METHODS),
+            ("kv_cache", ("model", "int8")),
             ("smooth", (None, *SMOOTHINGS)),
             ("rounding", (None, "rtn", "mse", "gptq")),
             ("layers", (None, "reference", "all")),

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from saccade.quantize.steps import Steps, nearest
+from saccade.schemes.scheme import Scheme
 
 DAMPING = 0.01  # of the mean diagonal, added to it; a tenth more each time the factorisation fails
 COLUMNS_AT_ONCE = 128  # whose corrections of the rest are gathered into one product
+COLUMNS_AT_HAND = 16  # of those, likewise: a column corrects at once only these, which stay in a processor's cache
 
 
 def gptq(weight: Tensor, hessian: Tensor, steps: Steps) -> Tensor:
@@ -37,21 +39,32 @@ def _block(weight: Tensor, hessian: Tensor, step: Tensor, steps: Steps) -> Tenso
     num_columns = work.shape[1]
     for start in range(0, num_columns, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, num_columns)
-        part = work[:, start:end].t().contiguous()  # a column is a row here: contiguous
-        errors = torch.empty_like(part)
-        for i in range(end - start):
-            at = start + i
-            column_step = step[:, at]
-            chosen = nearest(part[i], column_step, steps.scheme)
-            multiples[:, at] = chosen
-            errors[i] = (part[i] - chosen * column_step) / upper[at, at]
-            if i + 1 < end - start:
-                part[i + 1 :] -= upper[at, at + 1 : end, None] * errors[i]
+        columns = work[:, start:end].t().contiguous()  # a column is a row here: contiguous
+        errors = _round_columns(columns, step[:, start:end].t(), upper[start:end, start:end], steps.scheme)
+        multiples[:, start:end] = columns.t()
         if end < num_columns:
-            work[:, end:] -= errors.t() @ upper[start:end, end:]
+            work[:, end:].addmm_(errors.t(), upper[start:end, end:], alpha=-1)
     out = torch.empty_like(multiples)
     out[:, order] = multiples
     return out
+
+
+def _round_columns(columns: Tensor, step: Tensor, upper: Tensor, scheme: Scheme) -> Tensor:
+    """columns, step: [n, O], turned; upper: [n, n]. Columns become multiples. Returns what each lacks, [n, O], to be made good."""
+    errors = torch.empty_like(columns)
+    diagonal = upper.diagonal().tolist()
+    for first in range(0, len(columns), COLUMNS_AT_HAND):
+        last = min(first + COLUMNS_AT_HAND, len(columns))
+        for at in range(first, last):
+            column = columns[at]
+            chosen = nearest(column, step[at], scheme)
+            error = torch.addcmul(column, chosen, step[at], value=-1, out=errors[at]).div_(diagonal[at])
+            columns[at] = chosen
+            if at + 1 < last:
+                columns[at + 1 : last].addr_(upper[at, at + 1 : last], error, alpha=-1)
+        if last < len(columns):
+            columns[last:].addmm_(upper[first:last, last:].t(), errors[first:last], alpha=-1)
+    return errors
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def prepare(source: Path, out: Path, recipe: BestRecipe, *, device: str = "cpu",
             f"{source} is quantized already ({checkpoint.quantization}); quantize the one it was made from"
         )
     plan = make_plan(checkpoint.config, recipe)
-    format_ = format_named(recipe.format, getattr(torch, checkpoint.config.dtype))
+    format_ = format_named(recipe.format, getattr(torch, checkpoint.config.dtype), recipe.kv_cache == "int8")
     require_writable(format_, plan.assignment)
     require_tokenizer(source)
     samples = None

@@ -30,7 +30,7 @@ from saccade.evals.item import Item
 from saccade.evals.outliers import INJECTORS, inject
 from saccade.evals.tasks import TASKS
 from saccade.evals.tasks import draw as draw_item
-from saccade.quantize.samples import draw as draw_picture
+from saccade.quantize.drawn_samples import drawn
 from saccade.scoring import ScoredAnswer, join, score_answers, token_divergence
 
 NUM_PICTURES = 8  # for exact mode
@@ -143,7 +143,7 @@ def main() -> None:
         work = Path(temporary)
         (work / "pictures").mkdir()
         for number in range(NUM_PICTURES):
-            draw_picture(number).save(work / "pictures" / f"{number}.png")
+            drawn(number).picture.save(work / "pictures" / f"{number}.png")
         for variant in options.variants:
             source = work / variant
             inject(open_checkpoint(resolve(options.model)), variant).save(source)

@@ -46,11 +46,11 @@ class Defaults:
 
 
 DEFAULTS = {
-    "w8a8": Defaults("m4", "gptq"),
-    "w8a8-dynamic": Defaults("m4", "gptq"),
-    "w4a8": Defaults("awq", "gptq", group_size=128),
+    "w8a8": Defaults("search", "gptq"),
+    "w8a8-dynamic": Defaults("learned", "gptq"),
+    "w4a8": Defaults("learned", "gptq", group_size=128),
     "w8a16": Defaults("none", "mse"),
-    "w4a16": Defaults("awq", "gptq", group_size=128),
+    "w4a16": Defaults("learned", "gptq", group_size=128),
     "fp8": Defaults("none", "rtn"),
 }
 
@@ -72,8 +72,9 @@ class BestRecipe:
     )
     group_size: int | None = option(None, "columns that share a 4-bit scale: 32, 64, 128 or 256 (128)")
     format: Literal["compressed-tensors", "vllm-ascend", "mindie"] = option("compressed-tensors", "of the files")
-    smooth: Literal["none", "m2", "m4", "awq", "search"] | None = option(
-        None, "outlier channels: m2 (Outlier Suppression+), m4 (iterative smooth), awq, or search among all of them"
+    smooth: Literal["none", "m2", "m4", "awq", "learned", "search"] | None = option(
+        None,
+        "outlier channels: m2 (Outlier Suppression+), m4 (iterative smooth), awq, learned by channel, or search among all",
     )
     rounding: Literal["rtn", "mse", "gptq"] | None = option(
         None, "to nearest, to nearest with searched clipping, or GPTQ"

@@ -17,14 +17,14 @@ from saccade.quantize.best_recipe import BestRecipe
 from saccade.quantize.clip import search_steps
 from saccade.quantize.gptq import gptq
 from saccade.quantize.ranges import static_parameters
-from saccade.quantize.report import QUANTILES, InputRange, LayerMeasure, sqnr_db
+from saccade.quantize.report import QUANTILES, InputRange, Kind, LayerMeasure, sqnr_db
 from saccade.quantize.source import Block
-from saccade.quantize.statistics import KINDS, Seen
+from saccade.quantize.statistics import ANSWER, FIRST, PICTURE, TEXT, Seen
 from saccade.quantize.steps import Steps, as_weight, dequantized, max_steps, round_to_nearest, static_part
 from saccade.schemes.scheme import Scheme, Weight
 
 ROWS_MEASURED = 256  # tokens of each kind
-KIND_NAMES = {0: "text", 1: "picture", 2: "first"}
+KINDS_MEASURED: dict[Kind, tuple[int, ...]] = {"text": (TEXT, ANSWER), "picture": (PICTURE,), "first": (FIRST,)}
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,16 @@ class Rounder:
         """How far the linear's output, and its weight, are from the float ones on the kept rows."""
         wrong = dequantized(multiples, steps).sub_(weight)
         weight_db = sqnr_db(float(weight.square().sum()), float(wrong.square_().sum()))
-        ranges, output_db = None, {}
+        ranges, output_db = None, dict[str, float]()
         if seen is not None and before is not None:
             ranges = InputRange(_quantiles(before.amax(0)), _quantiles(seen.largest.amax(0)))
-            for kind in KINDS:
-                x = seen.rows[seen.kinds == kind][:ROWS_MEASURED]
+            for name, kinds in KINDS_MEASURED.items():
+                x = seen.rows[torch.isin(seen.kinds, torch.tensor(kinds, device=seen.kinds.device))][:ROWS_MEASURED]
                 if len(x):
                     exact = x @ weight.t()
                     bias = 0 if rounded.bias is None else rounded.bias.float()
                     noise = self.kernels.linear(x.to(self.dtype), rounded).float() - bias - exact
-                    output_db[KIND_NAMES[kind]] = sqnr_db(float(exact.square().sum()), float(noise.square().sum()))
+                    output_db[name] = sqnr_db(float(exact.square().sum()), float(noise.square().sum()))
         return LayerMeasure(
             part, rounded.scheme.name, output_db, weight_db, ranges=ranges, size_bytes=rounded.size_bytes
         )

@@ -233,9 +233,13 @@ class Run:
         return Filling(source, self.dtype, self.job.device)
 
     def tokens(self, is_tower: bool) -> Tokens:
-        kinds = tower_kinds(self.media) if is_tower else token_kinds(self.prompts, self.config)
+        kinds = tower_kinds(self.media) if is_tower else self.text_kinds()
         tokens = tokens_of(kinds, ROWS_KEPT, self.recipe.seed, self.recipe.balance)
         return Tokens(*(getattr(tokens, name).to(self.job.device) for name in ("kinds", "weights", "sampled")))
+
+    def text_kinds(self) -> Tensor:
+        assert self.job.samples is not None, "there are prompts"
+        return token_kinds(self.prompts, self.job.samples.num_answered, self.config)
 
     def pieces(self, is_tower: bool) -> list[Any]:
         if is_tower:

@@ -3,8 +3,7 @@
 A folder's pictures are asked about in turn with a few questions; conversations are taken as they are, answers included, because
 answers are what a served model writes. As captions alone starve what the model does with text (of the published int4 models,
 those calibrated on captions lost most in text tasks), texts are mixed into pictures that come without conversations.
-The drawn set wants no file and no network. It is deliberately neutral (gradients, shapes, noise, letters): the numbers it gives
-are ranges and correlations, not knowledge; real pictures of one's own task are better.
+The drawn set (`drawn_samples.py`) wants no file and no network; pictures and questions of one's own task are better.
 Knows files, chat templates and pixels; knows no weights.
 """
 
@@ -18,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from saccade.base.errors import MediaError, OptionError, PromptError
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaOptions
 from saccade.inputs.prompt import Prompt
+from saccade.quantize.drawn_samples import drawn
 
 BUILTIN = "builtin"
-NUM_BUILTIN = 24
+NUM_BUILTIN = 48
 MAX_LINES = 100_000
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SHARE = 3  # a text for so many pictures
+TURN, HEADER = "<|im_start|>", "assistant\n"
 
 QUESTIONS = (
     "Please describe this picture in detail.",
@@ -55,15 +55,23 @@ TEXTS = (
         "Air scatters short waves of light more than long ones, so blue light reaches us from all of the sky.",
     ),
     ("Count from one to ten.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"),
-    ("def add(a, b):", "    return a + b"),
+    ("Complete the code: def add(a, b):", "    return a + b"),
+    ("Sort these numbers: 8 3 5", "3 5 8"),
+    ("Repeat this: 4 9 1 7", "4 9 1 7"),
+    ("58 - 23 = ?", "35"),
+    ("Is seven an even number?", "No, seven is an odd number."),
 )
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Prompts in order; `notes` say what was passed over; `digest` is of all that the prompts are made of."""
+    """Prompts in order; `notes` say what was passed over; `digest` is of all that the prompts are made of.
+
+    num_answered: how many tokens at each prompt's end are an answer, the last one before it included, which calls for it.
+    """
 
     prompts: tuple[Prompt, ...]
+    num_answered: tuple[int, ...]
     notes: tuple[str, ...]
     digest: str
 
@@ -80,16 +88,24 @@ def load_samples(source: str, tokenizer: ChatTokenizer, count: int | None, seed:
     notes: list[str] = []
     conversations = list(_conversations(source, count, seed, notes))
     options = MediaOptions(max_pixels=max_pixels)
-    prompts = []
+    prompts, num_answered = [], []
     for conversation in conversations:
         is_answered = conversation[-1].get("role") == "assistant"
-        prompts.append(tokenizer.build(conversation, defaults=options, add_generation_prompt=not is_answered))
+        prompt = tokenizer.build(conversation, defaults=options, add_generation_prompt=not is_answered)
+        prompts.append(prompt)
+        num_answered.append(_num_answered(prompt, tokenizer) if is_answered else 0)
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr(prompt.token_ids).encode())
         for medium in prompt.media:
             digest.update(medium.key)
-    return Samples(tuple(prompts), tuple(notes), digest.hexdigest())
+    return Samples(tuple(prompts), tuple(num_answered), tuple(notes), digest.hexdigest())
+
+
+def _num_answered(prompt: Prompt, tokenizer: ChatTokenizer) -> int:
+    """The last turn's tokens after its header, and the header's last."""
+    turn = prompt.token_ids[::-1].index(tokenizer.added_tokens[TURN])  # tokens behind the last turn's start
+    return turn - len(tokenizer.encode(HEADER)) + 1
 
 
 def conversations_of(source: str) -> list[Conversation]:
@@ -113,7 +129,7 @@ def _conversations(source: str, count: int | None, seed: int, notes: list[str]) 
     elif Path(source).is_dir():
         pictures = _chosen(_pictures(Path(source), notes), count, seed)
         for number, path in enumerate(pictures):
-            yield _asked(str(path), number)
+            yield _asked(str(path), QUESTIONS[number % len(QUESTIONS)])
             if number % TEXT_SHARE == 0:
                 yield _text(number // TEXT_SHARE)
     else:
@@ -187,8 +203,7 @@ def _placed(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**turn, "content": parts}
 
 
-def _asked(picture: Any, number: int) -> Conversation:
-    question = QUESTIONS[number % len(QUESTIONS)]
+def _asked(picture: Any, question: str) -> Conversation:
     return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
 
 
@@ -197,38 +212,10 @@ def _text(number: int) -> Conversation:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-# --- the drawn set ---------------------------------------------------------------------------------------------------
-
-
 def _drawn(count: int, seed: int) -> Iterator[Conversation]:
     for number in range(count):
         if number % (TEXT_SHARE + 1) == TEXT_SHARE:
             yield _text(number // (TEXT_SHARE + 1))
         else:
-            yield _asked(draw(seed * 1_000_003 + number), number)
-
-
-def draw(seed: int) -> Image.Image:
-    """A picture of a gradient, shapes, noise and letters, of 140 to 448 pixels a side."""
-    generator = np.random.default_rng(seed)
-    width, height = (int(generator.integers(5, 17)) * 28 for _ in range(2))
-    corners = generator.integers(0, 256, (2, 2, 3)).astype(np.uint8)
-    picture = Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(picture)
-    for _ in range(int(generator.integers(1, 8))):
-        left, top = int(generator.integers(0, width - 20)), int(generator.integers(0, height - 20))
-        right, bottom = (
-            left + int(generator.integers(12, max(13, width // 2))),
-            top + int(generator.integers(12, max(13, height // 2))),
-        )
-        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
-        shape = int(generator.integers(0, 3))
-        if shape == 0:
-            pen.rectangle((left, top, right, bottom), fill=colour)
-        elif shape == 1:
-            pen.ellipse((left, top, right, bottom), fill=colour, outline=(0, 0, 0))
-        else:
-            letters = "".join(chr(int(code)) for code in generator.integers(48, 91, 6))
-            pen.text((left, top), letters, fill=colour, font_size=int(generator.integers(12, 48)))
-    noise = generator.normal(0, float(generator.uniform(0, 12)), (height, width, 3))
-    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+            sample = drawn(seed * 1_000_003 + number - number // (TEXT_SHARE + 1))
+            yield [*_asked(sample.picture, sample.question), {"role": "assistant", "content": sample.answer}]

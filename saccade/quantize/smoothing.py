@@ -1,7 +1,9 @@
 """Scales that move the burden of outlier channels from a linear's input into its weight, found by trying them.
 
-A method is a family of candidates; each candidate is tried on kept rows with the real roundings, and the one whose output is
-wrong least wins, every kind of token weighing the same. Doing nothing is a candidate too.
+A method is a family of candidates; each candidate is tried with the real roundings on kept tokens, and the one whose output is
+wrong least wins, every kind of token weighing the same. Doing nothing is a candidate too. What is learned from tokens is tried
+on others, of other samples.
+- learned: every channel's own scale, by descent of the expected rounding error (`learned_scale.py`).
 - m4, iterative smooth: A^alpha / B^(1 - alpha) of SmoothQuant (arXiv:2211.10438, equation 4), alpha searched. A is taken over
   all tokens, and once more as the largest of each kind's relative to its own median, as pictures and text have outliers of
   their own (MASQuant, arXiv:2603.04800).
@@ -14,30 +16,37 @@ Knows tensors; knows no model. Letters: n rows, H channels, O outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from saccade.quantize.clip import search_steps
+from saccade.quantize.learned_scale import learned_scale
 from saccade.quantize.ranges import fake_static, parameters
-from saccade.quantize.statistics import KINDS, Seen
+from saccade.quantize.statistics import FIRST, KINDS, Seen
 from saccade.quantize.steps import dequantized, max_steps, round_to_nearest
 from saccade.schemes.affine import quantize_rows_fp8, quantize_rows_int8
 from saccade.schemes.scheme import Scheme
 
-Smoothing = Literal["none", "m2", "m4", "awq", "search"]
-SMOOTHINGS = ("none", "m2", "m4", "awq", "search")  # `search` tries all families
+Smoothing = Literal["none", "m2", "m4", "awq", "learned", "search"]
+SMOOTHINGS = ("none", "m2", "m4", "awq", "learned", "search")  # `search` tries all families
 ALPHAS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 NUM_THRESHOLDS = 12
 MAX_OUTPUTS = 512  # rows of the weight that a candidate is tried on
-MAX_ROWS = 256  # tokens
+MAX_ROWS = 384  # tokens
+RUNS, EVERY = (
+    16,
+    4,
+)  # kept tokens lie in the order of the samples; of RUNS runs of them every fourth is held out for the trial
+LESS = (0.75, 0.5)  # of a learned scale that are tried, the rest being no scale or the one it started from
+FIRST_WEIGHT = 0.1  # of the first token's errors, to those of each other kind
 FLOOR = 1e-5  # of the largest: what counts as no activation, or no weight, at all
 MOST = 1e4  # a scale reaches this far from 1
-# What a scale has to bring the error down to before it is preferred to none. It is found on some samples, and what they do not
-# show it makes worse; most so under a fixed range, which evened channels fill to its ends.
-ENOUGH, ENOUGH_STATIC = 0.95, 0.5
+# What a scale has to bring the error down to before it is preferred to none: found on some samples, it makes worse what they
+# did not show; most so under a fixed range, which evened channels fill to its ends.
+ENOUGH, ENOUGH_STATIC = 0.97, 0.8
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.25)  # of a static range's ends that a candidate may clip to
 
 
@@ -76,18 +85,36 @@ def trial(weights: Sequence[Tensor], seen: Seen, scheme: Scheme, columns: Tensor
 
 def best_scale(trial: Trial, method: Smoothing) -> Tensor:
     """[num_scales] float32, by which the input is to be divided; ones where nothing is better by enough."""
-    exact = trial.seen.rows @ trial.weight.t()
-    best = torch.ones(trial.num_scales, device=exact.device)
-    least = loss(trial, best, exact) * (ENOUGH_STATIC if trial.scheme.activation == "static" else ENOUGH)
-    for scale in candidates(trial, method):
-        this = loss(trial, scale, exact)
+    best = torch.ones(trial.num_scales, device=trial.weight.device)
+    if not len(trial.seen.rows):
+        return best
+    fitted, held_out = _halves(trial)
+    exact = held_out.seen.rows @ trial.weight.t()
+    least = loss(held_out, best, exact) * (ENOUGH_STATIC if trial.scheme.activation == "static" else ENOUGH)
+    for scale in candidates(fitted, method):
+        this = loss(held_out, scale, exact)
         if this < least:
             best, least = scale, this
     return best
 
 
+def _halves(trial: Trial) -> tuple[Trial, Trial]:
+    """The trial with the tokens that scales are learned from, and with those they are tried on; the same, of very few."""
+    count = len(trial.seen.rows)
+    run = torch.arange(count, device=trial.weight.device) * RUNS // count
+    is_held_out = run % EVERY == EVERY - 1
+    if count < RUNS:
+        return trial, trial
+
+    def having(chosen: Tensor) -> Trial:
+        seen = trial.seen
+        return replace(trial, seen=replace(seen, rows=seen.rows[chosen], kinds=seen.kinds[chosen]))
+
+    return having(~is_held_out), having(is_held_out)
+
+
 def loss(trial: Trial, scale: Tensor, exact: Tensor) -> float:
-    """The output's squared error relative to its square, the mean over the kinds of tokens there are. exact: [n, O]."""
+    """The output's expected squared error as `token_shares` weigh it. exact: [n, O]."""
     wide = scale[trial.columns]
     rows = _rounded_input(trial.seen.divided(wide), trial.scheme)
     weight = trial.weight * wide
@@ -96,13 +123,23 @@ def loss(trial: Trial, scale: Tensor, exact: Tensor) -> float:
     else:
         steps = max_steps(weight, trial.scheme, trial.dtype)
     wrong = (rows @ dequantized(round_to_nearest(weight, steps), steps).t()).sub_(exact).square_().sum(1)
+    return float(token_shares(exact, trial.seen.kinds) @ wrong)
+
+
+def token_shares(exact: Tensor, kinds: Tensor) -> Tensor:
+    """What a squared error of each token weighs: [n]. exact: [n, O], the outputs.
+
+    Errors are relative to the token's own output, since norms follow, but not below the average of its kind, as the stream that
+    the output is added to has its size. Kinds weigh the same, but for the first token, which is one vector.
+    """
     size = exact.square().sum(1)
-    shares = [
-        float(wrong[trial.seen.kinds == kind].sum() / size[trial.seen.kinds == kind].sum().clamp(min=1e-30))
-        for kind in KINDS
-        if bool((trial.seen.kinds == kind).any())
-    ]
-    return sum(shares) / max(len(shares), 1)
+    shares = torch.zeros_like(size)
+    for kind in KINDS:
+        its = kinds == kind
+        if bool(its.any()):
+            shares[its] = 1 / ((size[its] + size[its].mean()).clamp(min=1e-30) * int(its.sum()))
+            shares[its] *= FIRST_WEIGHT if kind == FIRST else 1.0
+    return shares
 
 
 def _rounded_input(seen: Seen, scheme: Scheme) -> Tensor:
@@ -124,8 +161,16 @@ def _rounded_input(seen: Seen, scheme: Scheme) -> Tensor:
 def candidates(trial: Trial, method: Smoothing) -> Iterator[Tensor]:
     """[num_scales] each, in a fixed order."""
     by_kind = torch.stack([_shared(largest, trial) for largest in trial.seen.largest])
+    weight = _floored(_shared(trial.largest_weight, trial))
+    if method in ("learned", "search"):
+        start = _centred((_floored(by_kind.amax(0)) / weight).sqrt())
+        shares = token_shares(trial.seen.rows @ trial.weight.t(), trial.seen.kinds)
+        learned = learned_scale(trial.seen.rows, shares, trial.weight, trial.scheme, trial.columns, start)
+        yield _centred(learned)
+        for power in LESS:
+            yield _centred(learned**power)
+            yield _centred(learned**power * start ** (1 - power))
     if method in ("m4", "search"):
-        weight = _floored(_shared(trial.largest_weight, trial))
         ranges = [by_kind.amax(0)]
         present = by_kind[by_kind.amax(1) > 0]
         if len(present) > 1:

@@ -3,7 +3,8 @@
 Pictures fill a prompt with hundreds of tokens for each word, so each kind of token gets the same weight in all (modality
 balance, MBQ, arXiv:2412.19509, with equal shares). A sequence's first token, where attention sinks and activations are massive
 (PrefixQuant, arXiv:2410.05265), is a kind of its own: it would drown the correlations, so it is left out of them; ranges and
-scales have to serve it, since every later token attends to it.
+scales have to serve it, since every later token attends to it. What the assistant says is one, too: those few tokens are what
+a served model computes for itself, and a prompt's text, most of it the template's, is the same again and again.
 Knows tensors; knows no model. Letters: T tokens or patches, H channels, B blocks of C channels.
 """
 
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TEXT, PICTURE, FIRST = 0, 1, 2  # kinds of tokens
-KINDS = (TEXT, PICTURE, FIRST)
+TEXT, PICTURE, FIRST, ANSWER = 0, 1, 2, 3  # kinds of tokens
+KINDS = (TEXT, PICTURE, FIRST, ANSWER)
 FIRST_SHARE = 4  # a quarter as many first tokens are kept as of the other kinds
 
 
@@ -36,7 +37,7 @@ def tokens_of(kinds: Tensor, rows_per_kind: int, seed: int, is_balanced: bool = 
     """Weights by kind, first tokens none, and up to `rows_per_kind` tokens of each drawn to be kept whole. kinds: [T] int8."""
     generator = torch.Generator().manual_seed(seed)
     weights, sampled = torch.zeros(len(kinds)), torch.zeros(len(kinds), dtype=torch.bool)
-    present = [kind for kind in (TEXT, PICTURE) if bool((kinds == kind).any())]
+    present = [kind for kind in (TEXT, PICTURE, ANSWER) if bool((kinds == kind).any())]
     counted = sum(int((kinds == kind).sum()) for kind in present)
     for kind in KINDS:
         places = (kinds == kind).nonzero()[:, 0]

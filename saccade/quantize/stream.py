@@ -20,7 +20,7 @@ from saccade.kernels.record import Kernels
 from saccade.model.language import DecoderLayer, WholeSequences, rotary_angles
 from saccade.model.layers import Filled, Linear
 from saccade.model.vision import VisionBlock, VisionTower
-from saccade.quantize.statistics import FIRST, PICTURE, TEXT, Tokens, Watcher
+from saccade.quantize.statistics import ANSWER, FIRST, PICTURE, TEXT, Tokens, Watcher
 from saccade.schemes.scheme import Weight
 
 TOKENS_AT_ONCE = 2048  # of several short prompts; a longer one is a piece of its own
@@ -111,13 +111,14 @@ def _num_patches(medium: Medium) -> int:
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def token_kinds(prompts: Sequence[Prompt], config: ModelConfig) -> Tensor:
-    """[T] int8."""
+def token_kinds(prompts: Sequence[Prompt], num_answered: Sequence[int], config: ModelConfig) -> Tensor:
+    """[T] int8. num_answered: how many tokens at each prompt's end are the assistant's."""
     kinds = []
-    for prompt in prompts:
+    for prompt, answered in zip(prompts, num_answered, strict=True):
         ids = torch.tensor(prompt.token_ids)
         is_picture = (ids == config.image_token_id) | (ids == config.video_token_id)
         its = torch.where(is_picture, PICTURE, TEXT).to(torch.int8)
+        its[len(ids) - answered :] = ANSWER
         its[0] = FIRST
         kinds.append(its)
     return torch.cat(kinds)

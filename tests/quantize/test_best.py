@@ -23,8 +23,8 @@ from saccade.checkpoints.formats import open_checkpoint
 from saccade.quantize import job, state
 from saccade.quantize import run as running
 from saccade.quantize.best_recipe import FORMATS, SCHEME_NAMES, BestRecipe, Rule, parse_rule, read_recipe
+from saccade.quantize.drawn_samples import drawn
 from saccade.quantize.plan import make_plan
-from saccade.quantize.samples import draw
 from saccade.scoring import join, score_answers, token_divergence
 from tests.test_cli import Run, run
 
@@ -32,7 +32,12 @@ __all__ = ["run"]
 
 PAIRS = [
     (
-        [{"role": "user", "content": [{"type": "image", "image": draw(77)}, {"type": "text", "text": "What is it?"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": drawn(77).picture}, {"type": "text", "text": "What is it?"}],
+            }
+        ],
         "A red box.",
     ),
     ([{"role": "user", "content": "Count to three."}], "1, 2, 3"),
@@ -361,8 +366,8 @@ def test_the_plan_knows_the_size(small: Path, tmp_path: Path, scheme: Any) -> No
 def test_a_folder_of_pictures_may_hold_other_things(small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    draw(1).save(folder / "b.png")
-    draw(2).save(folder / "a picture.jpg")
+    drawn(1).picture.save(folder / "b.png")
+    drawn(2).picture.save(folder / "a picture.jpg")
     Image.new("LA", (60, 60)).save(folder / "c.png")
     (folder / "notes.txt").write_text("hello")
     job = quantization_job(small, tmp_path / "out", calibration=str(folder), smooth="m4")
@@ -377,7 +382,7 @@ def test_a_folder_of_pictures_may_hold_other_things(small: Path, tmp_path: Path)
 
 
 def test_conversations_are_taken_with_their_answers(small: Path, tmp_path: Path) -> None:
-    draw(1).save(tmp_path / "p.png")
+    drawn(1).picture.save(tmp_path / "p.png")
     lines: list[Any] = [
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}, {"type": "text", "text": "What?"}]},
                       {"role": "assistant", "content": "A drawing of boxes."}]},
@@ -398,8 +403,8 @@ def test_conversations_are_taken_with_their_answers(small: Path, tmp_path: Path)
 
 
 def test_a_drawn_picture_is_drawn_again() -> None:
-    assert draw(5).tobytes() == draw(5).tobytes()
-    assert draw(5).size != draw(6).size or draw(5).tobytes() != draw(6).tobytes()
+    assert drawn(5).picture.tobytes() == drawn(5).picture.tobytes()
+    assert drawn(5).picture.size != drawn(6).picture.size or drawn(5).picture.tobytes() != drawn(6).picture.tobytes()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -427,7 +432,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small: Path, tmp_path: Pat
 def test_the_references_options_mean_exact_mode_unless_best_is_asked_for(small: Path, tmp_path: Path, run: Run) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    draw(3).resize((84, 84)).save(pictures / "one.png")
+    drawn(3).picture.resize((84, 84)).save(pictures / "one.png")
     reference = ["quantize", "--model_path", str(small), "--calib_images", str(pictures), "--is_dynamic", "True"]
     code, stdout, _ = run(*reference, "--save_directory", str(tmp_path / "exact"))
     assert (code, "quantized to W8A8_DYNAMIC" in stdout) == (0, True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.quantize.learned_scale import COMPENSATED, learned_scale
 from saccade.quantize.ranges import METHODS, Method, fake_static, parameters, static_parameters
 from saccade.quantize.rotation import hadamard, rotation
 from saccade.quantize.smoothing import SMOOTHINGS, Smoothing, best_scale, loss, rounded_gain, trial
@@ -146,6 +147,53 @@ def test_searching_is_as_good_as_the_best_method() -> None:
     exact = attempt.seen.rows @ attempt.weight.t()
     losses = {method: loss(attempt, best_scale(attempt, method), exact) for method in SMOOTHINGS if method != "none"}
     assert losses["search"] == min(losses.values())
+
+
+def expected_noise(rows: Tensor, shares: Tensor, weight: Tensor, scheme: Scheme, scale: Tensor) -> Tensor:
+    """What `learned_scale` descends, for dynamic activations, as its file's first lines put it."""
+    x, w = (rows / scale).square(), (weight * scale).square()
+    step = x.amax(1, keepdim=True) / (12 * 127.0**2)
+    inputs_noise = shares @ ((x * step / (x + step)) @ w.sum(0))
+    size, levels = (scheme.group_size, 7) if scheme.group_size else (w.shape[1], 127)
+    steps = w.view(len(w), -1, size).amax(2) * (COMPENSATED / (12 * levels**2))
+    return inputs_noise + (steps.sum(0) * (shares @ x).view(-1, size).sum(1)).sum()
+
+
+@pytest.mark.parametrize("scheme", [W8A8_DYNAMIC, W4A8[32]], ids=lambda scheme: scheme.name)
+def test_a_learned_scale_lies_where_the_expected_noise_is_flat(scheme: Scheme) -> None:
+    """Against torch's own gradient from the formula: what is left of it is small beside what it was, and the noise far less."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(2))
+    rows = inputs()
+    shares = torch.full((len(rows),), 1 / len(rows))
+    found = learned_scale(rows, shares, weight, scheme, torch.arange(64), torch.ones(64))
+    sizes = []
+    with torch.inference_mode(False), torch.enable_grad():
+        for scale in (torch.ones(64), found):
+            log = scale.log().clone().requires_grad_(True)
+            noise = expected_noise(rows, shares, weight, scheme, log.exp())
+            noise.backward()  # type: ignore[no-untyped-call]
+            assert log.grad is not None
+            sizes.append((float(noise.detach()), float(log.grad.norm())))
+    (noise_before, slope_before), (noise_after, slope_after) = sizes
+    assert noise_after < 0.6 * noise_before
+    assert slope_after < 0.2 * slope_before
+
+
+def test_scales_are_tried_on_other_tokens_than_they_are_learned_from() -> None:
+    """An outlier that every sample shows is smoothed, one that held-out tokens lack is not."""
+    rows = torch.randn(160, 64, generator=torch.Generator().manual_seed(0))
+    kinds = torch.full((160,), PICTURE, dtype=torch.int8)
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(2))
+
+    def found(is_spiked: Tensor) -> Tensor:
+        x = rows.clone()
+        x[is_spiked, 5] *= 30
+        watcher = Watcher(64, torch.device("cpu"), None)
+        watcher.see(x, tokens_of(kinds, 160, seed=0))
+        return best_scale(trial([weight], watcher.seen(), W8A8_DYNAMIC, None, torch.float32), "learned")
+
+    assert float(found(torch.ones(160, dtype=torch.bool))[5]) > 3
+    assert float(found(torch.arange(160) // 10 % 4 != 3)[5]) == 1
 
 
 def test_grouped_columns_share_a_scale() -> None:

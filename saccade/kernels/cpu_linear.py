@@ -15,7 +15,7 @@ from saccade.kernels.record import Linear
 from saccade.schemes.scheme import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # SaccadeDtype
-DENSE, W8A16, W4A16, W8A8, W8A8_DYNAMIC, W4A8 = range(6)  # SaccadeScheme
+DENSE, W8A16, W4A16, W8A8, W8A8_DYNAMIC, W4A8, W4A8_FLOAT, FP8 = range(8)  # SaccadeScheme
 
 
 class Layer(ctypes.Structure):
@@ -45,12 +45,12 @@ def kind(weight: Weight, dtype: torch.dtype) -> int | None:
     if dtype not in DTYPES:
         return None
     if scheme.is_dense:
-        return DENSE if dtype == weight.values.dtype == torch.bfloat16 else None
+        return DENSE if dtype == weight.values.dtype else None
     if scheme.is_two_stage:
         return W4A8
-    if scheme.weight_bits == 4 and scheme.activation == "none":
-        return W4A16
-    return {"w8a16": W8A16, "w8a8": W8A8, "w8a8-dynamic": W8A8_DYNAMIC}.get(scheme.name)
+    if scheme.weight_bits == 4:
+        return W4A16 if scheme.activation == "none" else W4A8_FLOAT
+    return {"w8a16": W8A16, "w8a8": W8A8, "w8a8-dynamic": W8A8_DYNAMIC, "fp8": FP8}[scheme.name]
 
 
 def describe(weight: Weight, dtype: torch.dtype) -> Layer | None:
@@ -86,12 +86,16 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def alike_rows(weight: Weight, dtype: torch.dtype) -> int:
-    """See record.py. Sums of whole numbers are exact in any order; those of floats take another order where tiles begin.
+    """See record.py. Sums of whole numbers are exact in any order; those of floats take another order where many rows begin.
 
     Attention, too, is alike for so many queries of a sequence (FEW_QUERIES of csrc/attention.cpp), and no more.
     """
     layer = describe(weight, dtype)
-    return 1 if layer is None else {DENSE: 8, W8A16: 4, W4A16: 4}.get(layer.scheme, 16)
+    if layer is None:
+        return 1
+    if layer.scheme == DENSE and dtype != torch.bfloat16:
+        return 16
+    return {DENSE: 8, W8A16: 4, W4A16: 4}.get(layer.scheme, 16)
 
 
 def linear(library: Library) -> Linear:

@@ -6,7 +6,6 @@
 #include "linear.h"
 
 #include "linear_rows.h"
-#include "linear_tiles.h"
 
 namespace saccade::SACCADE_ISA {
 namespace {
@@ -22,38 +21,8 @@ using DenseFew = DensePairs;
 using DenseFew = Wide<BFloat16>;
 #endif
 
-#if defined(__AMX_INT8__)
-constexpr int64_t TILES_PAY = 5;        // rows of x from which on tiles are faster
-constexpr int64_t TILES_PAY_DENSE = 9;  // as fast either way from 5 on; up to here a row has the bits it has alone (alike_rows)
-
-// Whether the layer was computed: sums of bfloat16 products are for x of bfloat16 only.
-template <class T>
-bool linear_by_tiles(const LinearCall& call) {
-  if (call.rows < (call.layer.scheme == SACCADE_DENSE ? TILES_PAY_DENSE : TILES_PAY)) return false;
-  switch (call.layer.scheme) {
-    case SACCADE_W8A8:
-    case SACCADE_W8A8_DYNAMIC: return multiply_by_tiles<T, BytesTile>(call), true;
-    case SACCADE_W4A8: return multiply_by_tiles<T, NibblesTile>(call), true;
-  }
-  if constexpr (IS_BFLOAT16<T>) {
-    switch (call.layer.scheme) {
-      case SACCADE_DENSE: return multiply_by_tiles<T, DenseTile>(call), true;
-      case SACCADE_W8A16: return multiply_by_tiles<T, BytesPairsTile>(call), true;
-      case SACCADE_W4A16: return multiply_by_tiles<T, NibblePairsTile>(call), true;
-    }
-  }
-  return false;
-}
-#else
-template <class T>
-bool linear_by_tiles(const LinearCall&) {
-  return false;
-}
-#endif
-
 template <class T>
 void linear_of(const LinearCall& call) {
-  if (linear_by_tiles<T>(call)) return;
   const bool is_fine = call.layer.group_size < PACKED_COLUMNS;
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
@@ -70,8 +39,26 @@ void linear_of(const LinearCall& call) {
 
 }  // namespace
 
+void linear_of_many(const LinearCall& call);  // linear_many.cpp
+
+namespace {
+constexpr int64_t MANY_ROWS = 5;        // rows of x from which on staging weights pays
+constexpr int64_t MANY_ROWS_DENSE = 9;  // as fast either way from 5 on; up to here a row has the bits it has alone (alike_rows)
+
+// Some layers are staged for any number of rows.
+int64_t many_rows(const SaccadeLinear& layer) {
+  switch (layer.scheme) {
+    case SACCADE_DENSE: return layer.dtype == SACCADE_BFLOAT16 ? MANY_ROWS_DENSE : 1;
+    case SACCADE_W4A8_FLOAT:
+    case SACCADE_FP8: return 1;
+    default: return MANY_ROWS;
+  }
+}
+}  // namespace
+
 void linear(const LinearCall& call) {
   if (call.rows == 0) return;
+  if (call.rows >= many_rows(call.layer)) return linear_of_many(call);
   switch (call.layer.dtype) {
     case SACCADE_FLOAT32: return linear_of<float>(call);
     case SACCADE_BFLOAT16: return linear_of<BFloat16>(call);

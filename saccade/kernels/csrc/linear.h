@@ -10,12 +10,14 @@ extern "C" {
 enum SaccadeDtype : int32_t { SACCADE_FLOAT32, SACCADE_BFLOAT16, SACCADE_FLOAT16 };
 
 enum SaccadeScheme : int32_t {
-  SACCADE_DENSE,         // bfloat16 values, x of the same
+  SACCADE_DENSE,         // values of x's type
   SACCADE_W8A16,         // int8 values, a scale for each row
   SACCADE_W4A16,         // 4 bits, a float scale for each group, maybe a zero point
   SACCADE_W8A8,          // int8 values, static activations
   SACCADE_W8A8_DYNAMIC,  // int8 values, a scale for each row of x
   SACCADE_W4A8,          // 4 bits, a whole-number scale for each group and a float one for each row; x as before
+  SACCADE_W4A8_FLOAT,    // 4 bits, a float scale for each group; x as before
+  SACCADE_FP8,           // e4m3 values, a scale for each row; x e4m3 too, with a scale for each row
 };
 
 // The weight of one linear layer, as Weight in scheme.py has it: rows as they lie, nothing packed. Pointers a scheme has no use

@@ -65,13 +65,15 @@ inline void narrow(const Outputs& y, BFloat16* to) {  // as store does it
 
 // What makes outputs of some columns from their sums, in vectors that wait ready: a stage of many rows is finished between the
 // products of the next, and must not wait for memory written just before.
-template <class T, class Number>
+template <class T, class Number, int OFFSET>
 class Finisher {
  public:
   // `count` outputs from `first` on. memory: [3, round_up(count, FINISHED)] words.
-  Finisher(const LinearCall& call, const float* row_scales, int64_t first, int64_t count, void* memory)
+  // row_scales, row_offsets: [rows]; what products have too much is in the offsets if OFFSET says so.
+  Finisher(const LinearCall& call, const float* row_scales, const int32_t* row_offsets, int64_t first, int64_t count,
+           void* memory)
       : first_(first), count_(count), y_(static_cast<T*>(call.y)), y_stride_(call.layer.out_features),
-        row_scales_(row_scales), scale_(static_cast<float*>(memory)) {
+        row_scales_(row_scales), row_offsets_(row_offsets), scale_(static_cast<float*>(memory)) {
     const SaccadeLinear& layer = call.layer;
     const int64_t size = round_up(count, FINISHED);
     bias_ = scale_ + size;
@@ -79,7 +81,8 @@ class Finisher {
     memset(memory, 0, 3 * size * sizeof(float));
     is_static_ = layer.scheme == SACCADE_W8A8;
     has_bias_ = layer.bias != nullptr && !is_static_;
-    has_scale_ = std::is_same_v<Number, int32_t> || layer.scheme == SACCADE_W8A16;
+    has_scale_ = std::is_same_v<Number, int32_t> || layer.scheme == SACCADE_W8A16 || layer.scheme == SACCADE_FP8;
+    has_row_scale_ = layer.scheme == SACCADE_FP8 || layer.scheme == SACCADE_W4A8_FLOAT;
     if (has_scale_) memcpy(scale_, (is_static_ ? layer.deq_scale : layer.scale) + first, count * sizeof(float));
     if (is_static_) memcpy(added_, layer.quant_bias + first, count * sizeof(int32_t));
     if (has_bias_)
@@ -106,15 +109,19 @@ class Finisher {
 
  private:
   Outputs number(const int32_t* sums, int64_t row, int64_t column) const {
-    const auto sum = *reinterpret_cast<const OutputSums*>(sums);
+    auto sum = *reinterpret_cast<const OutputSums*>(sums);
+    if constexpr (OFFSET != 0) sum = (OutputSums)((OutputWords)sum - static_cast<uint32_t>(row_offsets_[row]));
     if (is_static_) {
       const auto added = *reinterpret_cast<const OutputSums*>(added_ + column);
       return __builtin_convertvector((OutputSums)((OutputWords)sum + (OutputWords)added), Outputs) * at(scale_ + column);
     }
     return with_bias(__builtin_convertvector(sum, Outputs) * row_scales_[row] * at(scale_ + column), column);
   }
-  Outputs number(const float* sums, int64_t, int64_t column) const {
-    return with_bias(has_scale_ ? at(sums) * at(scale_ + column) : at(sums), column);
+  Outputs number(const float* sums, int64_t row, int64_t column) const {
+    Outputs sum = at(sums);
+    if (has_row_scale_) sum *= row_scales_[row];
+    if (has_scale_) sum *= at(scale_ + column);
+    return with_bias(sum, column);
   }
   Outputs with_bias(const Outputs& number, int64_t column) const {
     return has_bias_ ? number + at(bias_ + column) : number;
@@ -125,9 +132,10 @@ class Finisher {
   T* y_;
   int64_t y_stride_;
   const float* row_scales_;
+  const int32_t* row_offsets_;
   float *scale_, *bias_;
   int32_t* added_;
-  bool is_static_, has_bias_, has_scale_;
+  bool is_static_, has_bias_, has_scale_, has_row_scale_;
 };
 
 }  // namespace saccade::SACCADE_ISA

@@ -14,17 +14,29 @@ from saccade.kernels.choose import back_ends, choose
 from saccade.kernels.cpu_linear import describe
 from saccade.kernels.library import Library, load
 from saccade.kernels.record import Kernels
-from saccade.schemes.affine import dequantize, quantize_weight
+from saccade.schemes.affine import dequantize, quantize_rows_fp8, quantize_weight
 from saccade.schemes.packing import pack
-from saccade.schemes.scheme import DENSE, W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme, Static, Weight
+from saccade.schemes.scheme import (
+    DENSE,
+    FP8,
+    W4A8,
+    W4A8_FLOAT,
+    W4A16,
+    W8A8,
+    W8A8_DYNAMIC,
+    W8A16,
+    Scheme,
+    Static,
+    Weight,
+)
 
 LIBRARY = load()
 if isinstance(LIBRARY, str):
     pytest.skip(LIBRARY, allow_module_level=True)
 
 INTEGER = [W8A8, W8A8_DYNAMIC, W4A8[32], W4A8[128]]
-FLOATING = [DENSE, W8A16, W4A16[32], W4A16[64]]
-ROWS = [1, 3, 4, 9, 65]
+FLOATING = [DENSE, W8A16, W4A16[32], W4A16[64], FP8, W4A8_FLOAT[32]]
+ROWS = [1, 3, 4, 9, 129]
 BY_ROW = [(1, 1), (33, 65), (12, 3420), (130, 128)]  # outputs and columns, odd ones among them
 BY_GROUP = [(33, 256), (130, 512), (3, 2816)]
 
@@ -63,6 +75,14 @@ def random_weight(scheme: Scheme, outputs: int, columns: int, dtype: torch.dtype
     return quantize_weight(dense, scheme)
 
 
+def as_multiplied(x: Tensor, scheme: Scheme) -> Tensor:
+    """What a linear with floating-point scales multiplies instead of x, in float64."""
+    if scheme.activation == "none":
+        return x.double()
+    values, scale = (quantize_rows_fp8 if scheme.is_float else reference.quantize_rows)(x)
+    return values.double() * scale[:, None].double()
+
+
 def cases(schemes: list[Scheme]) -> list[tuple[Scheme, int, int]]:
     return [(s, n, k) for s in schemes for n, k in (BY_GROUP if s.group_size else BY_ROW)]
 
@@ -89,11 +109,12 @@ def test_sums_of_floats_are_near_exact_ones(kernels: Kernels, scheme: Scheme, ou
         wide = dequantize(weight).double()
         for rows in ROWS:
             x = random(rows, columns, seed=rows).to(dtype)
-            exact = x.double() @ wide.t()
+            taken = as_multiplied(x, scheme)
+            exact = taken @ wide.t()
             if weight.bias is not None:
                 exact += weight.bias.double()
             error = (kernels.linear(x, weight).double() - exact).abs()
-            magnitude = x.double().abs() @ wide.abs().t()
+            magnitude = taken.abs() @ wide.abs().t()
             of_sum = 2**-9 if scheme.group_size and dtype == torch.bfloat16 else 2**-19
             bound = magnitude * of_sum + exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6
             assert (error <= bound).all(), (dtype, rows, (error / bound).max())
@@ -127,7 +148,7 @@ def test_the_extremes_are_exact(kernels: Kernels, low: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_row_that_is_not_finite_spoils_no_other(kernels: Kernels, rows: int) -> None:
-    for scheme in (W8A8_DYNAMIC, W4A8[64], W8A16, DENSE):
+    for scheme in (W8A8_DYNAMIC, W4A8[64], W8A16, DENSE, FP8, W4A8_FLOAT[64]):
         weight = random_weight(scheme, 40, 128, torch.bfloat16)
         x = random(rows + 2, 128).bfloat16()
         good = kernels.linear(x, weight)
@@ -154,14 +175,26 @@ def test_gradients_flow_through_the_reference(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_number_of_threads_changes_no_result(kernels: Kernels, library: Library, threads: int) -> None:
+@pytest.mark.parametrize("rows", [5, 70])
+def test_the_number_of_threads_changes_no_result(kernels: Kernels, library: Library, threads: int, rows: int) -> None:
     weight = random_weight(DENSE, 300, 256, torch.bfloat16)
-    x = random(5, 256).bfloat16()
+    x = random(rows, 256).bfloat16()
     before = library.num_threads
     expected = kernels.linear(x, weight)
     library.set_num_threads(threads)
     assert torch.equal(kernels.linear(x, weight), expected)
     library.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scheme", [DENSE, W8A16, W4A16[64], W8A8_DYNAMIC, W4A8[64], FP8, W4A8_FLOAT[64]], ids=name)
+def test_of_many_rows_each_has_the_bits_it_has_among_others(kernels: Kernels, scheme: Scheme) -> None:
+    """4,608 columns are staged in several turns, and 400 rows are more than the sums kept meanwhile."""
+    for columns, rows in ((192, 75), (4608, 400)):
+        weight = random_weight(scheme, 50, columns, torch.bfloat16)
+        x = random(rows, columns).bfloat16()
+        whole = kernels.linear(x, weight)
+        for first, last in ((0, 9), (3, 40), (rows - 30, rows)):
+            assert torch.equal(kernels.linear(x[first:last], weight), whole[first:last]), (columns, first, last)
 
 
 def test_an_op_can_be_given_back_to_the_reference() -> None:

@@ -18,8 +18,8 @@ constexpr int VECTOR_ROWS = 6, VECTOR_PANELS = 1, VECTOR_BYTES = 32;  // 12 sums
 #else
 constexpr int VECTOR_ROWS = 2, VECTOR_PANELS = 1, VECTOR_BYTES = 16;  // 8 sums in 16 registers
 #endif
-typedef int32_t Words __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-typedef float WordFloats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t PanelWords __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef float PanelFloats __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int VECTOR_WORDS = VECTOR_BYTES / WORD;
 
 // add(sum, w, x): the products of a vector of words of weights with one of x in all lanes.
@@ -28,11 +28,11 @@ struct WholeWords {
   using Value = int8_t;
   using Number = int32_t;
   static constexpr int OFFSET = PRODUCT_OFFSET;
-  static Words add(Words sum, Words w, Words x) {
+  static PanelWords add(PanelWords sum, PanelWords w, PanelWords x) {
 #if defined(__AVX512VNNI__)
-    return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+    return (PanelWords)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #else
-    return (Words)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+    return (PanelWords)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 #endif
   }
 };
@@ -41,13 +41,13 @@ struct WholeWords {
   using Value = int16_t;
   using Number = int32_t;
   static constexpr int OFFSET = 0;
-  static Words add(Words sum, Words w, Words x) {
+  static PanelWords add(PanelWords sum, PanelWords w, PanelWords x) {
 #if defined(__AVX512BW__)
-    return sum + (Words)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+    return sum + (PanelWords)_mm512_madd_epi16((__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-    return sum + (Words)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+    return sum + (PanelWords)_mm256_madd_epi16((__m256i)w, (__m256i)x);
 #elif defined(__SSE2__)
-    return sum + (Words)_mm_madd_epi16((__m128i)w, (__m128i)x);
+    return sum + (PanelWords)_mm_madd_epi16((__m128i)w, (__m128i)x);
 #else
     return sum + (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16);
 #endif
@@ -59,13 +59,13 @@ struct FloatWords {
   using Value = float;
   using Number = float;
   static constexpr int OFFSET = 0;
-  static Words add(Words sum, Words w, Words x) {
+  static PanelWords add(PanelWords sum, PanelWords w, PanelWords x) {
 #if defined(__AVX512F__)
-    return (Words)_mm512_fmadd_ps((__m512)w, (__m512)x, (__m512)sum);
+    return (PanelWords)_mm512_fmadd_ps((__m512)w, (__m512)x, (__m512)sum);
 #elif defined(__FMA__)
-    return (Words)_mm256_fmadd_ps((__m256)w, (__m256)x, (__m256)sum);
+    return (PanelWords)_mm256_fmadd_ps((__m256)w, (__m256)x, (__m256)sum);
 #else
-    return (Words)((WordFloats)sum + (WordFloats)w * (WordFloats)x);
+    return (PanelWords)((PanelFloats)sum + (PanelFloats)w * (PanelFloats)x);
 #endif
   }
 };
@@ -75,8 +75,8 @@ struct PairWords {
   using Value = BFloat16;
   using Number = float;
   static constexpr int OFFSET = 0;
-  static Words add(Words sum, Words w, Words x) {
-    return (Words)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+  static PanelWords add(PanelWords sum, PanelWords w, PanelWords x) {
+    return (PanelWords)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }
 };
 #endif
@@ -116,21 +116,21 @@ struct VectorProduct {
   static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
                             Number* sums, bool is_first) {
     constexpr int EACH = PANEL / VECTOR_WORDS, VECTORS = PANELS * EACH;
-    Words sum[COUNT][VECTORS];
+    PanelWords sum[COUNT][VECTORS];
     for (int r = 0; r < COUNT; ++r)
       for (int v = 0; v < VECTORS; ++v)
-        sum[r][v] = is_first ? Words{} : *reinterpret_cast<const Words*>(sums + r * OUTPUTS + v * VECTOR_WORDS);
+        sum[r][v] = is_first ? PanelWords{} : *reinterpret_cast<const PanelWords*>(sums + r * OUTPUTS + v * VECTOR_WORDS);
     for (int64_t k = 0; k < count; ++k, w += PANEL) {
-      Words columns[VECTORS];
+      PanelWords columns[VECTORS];
       for (int v = 0; v < VECTORS; ++v)
-        columns[v] = *reinterpret_cast<const Words*>(w + v / EACH * w_stride + v % EACH * VECTOR_WORDS);
+        columns[v] = *reinterpret_cast<const PanelWords*>(w + v / EACH * w_stride + v % EACH * VECTOR_WORDS);
       for (int r = 0; r < COUNT; ++r) {
-        const Words row = Words{} + static_cast<int32_t>(x[r * x_stride + k]);
+        const PanelWords row = PanelWords{} + static_cast<int32_t>(x[r * x_stride + k]);
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = W::add(sum[r][v], columns[v], row);
       }
     }
     for (int r = 0; r < COUNT; ++r)
-      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Words*>(sums + r * OUTPUTS + v * VECTOR_WORDS) = sum[r][v];
+      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<PanelWords*>(sums + r * OUTPUTS + v * VECTOR_WORDS) = sum[r][v];
   }
 };
 

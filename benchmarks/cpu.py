@@ -1,11 +1,15 @@
-"""One question about one picture on a CPU, by this engine in each scheme and by other libraries, side by side.
+"""One question about one picture, or one video, on a CPU: this engine in each scheme and other libraries, side by side.
 
-    python benchmarks/cpu.py run                        all systems in turn, round after round, into benchmarks/results/cpu.json
-    python benchmarks/cpu.py measure "saccade w4a8"     one system, once, added to the same file
-    python benchmarks/cpu.py report                     docs/performance.md and its chart from the file
+    python benchmarks/cpu.py run --models /tmp/models                          all systems in turn, round after round
+    python benchmarks/cpu.py run --models /tmp/models --only "w4a8" --rounds 1   those whose names hold a word
+    python benchmarks/cpu.py report                                            docs/performance.md and its charts
 
-The model has the shapes of the published 3B and random weights: what it says is noise, what it costs is real. Each measurement is a
-process of its own, so that none profits from another's memory; a short answer that is not counted comes first.
+The model has the shapes of the published 3B and random weights: what it says is noise, what it costs is real. All systems read the
+same checkpoint (`tools/random_checkpoint.py`) or what their own converters made of it; docs/notes/peers.md says how each was
+obtained and converted. Each measurement is a process of its own, so that none profits from another's memory, and may have an
+interpreter of its own (`--python vllm=/tmp/vllm/bin/python`), since the libraries' pins clash; a short answer about another picture,
+not counted, comes first. After each, this machine's reading and integer rates are measured anew. A system whose library or model is
+not there is named and left out.
 """
 
 from __future__ import annotations
@@ -15,374 +19,215 @@ import dataclasses
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cpu_report
+import numpy as np
+import torch
+from cpu_record import Record, read, write
+
+from saccade.bench.machine import measure_machine
+from saccade.checkpoints.presets import PRESETS
+from saccade.kernels.choose import back_ends, processor_name
+
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "benchmarks" / "cpu_systems"
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PAGE = ROOT / "docs" / "performance.md"
-CHART = ROOT / "docs" / "performance.svg"
 
-PICTURE = (756, 1008)  # height, width: 972 tokens
+FRAMES = {"picture": (1, 756, 1008), "video": (30, 280, 504)}  # count, height, width: 972 and 2,700 tokens
+QUESTION = "Describe this in detail."
 TOKENS_OUT = 128
-SCHEMES = {
-    "saccade bf16": None,
-    "saccade w8a16": "w8a16",
-    "saccade w8a8": "w8a8-dynamic",
-    "saccade w4a8": "w4a8-g128",
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One row of the table. `library`: run_<library>.py; `model`: a folder or file of --models, `{}` the preset's name."""
+
+    library: str
+    model: str = "random-{}"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    media: tuple[str, ...] = ("picture", "video")
+
+
+TOWER_BF16 = {"projector": "random-{}-mmproj-bf16.gguf"}
+TOWER_Q8_0 = {"projector": "random-{}-mmproj-q8_0.gguf"}
+SYSTEMS = {
+    "saccade w4a8": System("saccade", options={"quantization": "w4a8-g128"}),
+    "saccade w8a8": System("saccade", options={"quantization": "w8a8-dynamic"}),
+    "saccade w8a16": System("saccade", options={"quantization": "w8a16"}),
+    "saccade bf16": System("saccade"),
+    "transformers bf16": System("transformers"),
+    "transformers bf16, oneDNN off in decode": System("transformers", options={"onednn_decode": False}),
+    "llama.cpp Q4_0": System("llama_cpp", "random-{}-Q4_0.gguf", TOWER_BF16, ("picture",)),
+    "llama.cpp Q4_K_M": System("llama_cpp", "random-{}-Q4_K_M.gguf", TOWER_BF16, ("picture",)),
+    "llama.cpp Q8_0": System("llama_cpp", "random-{}-Q8_0.gguf", TOWER_Q8_0, ("picture",)),
+    "OpenVINO int4": System("openvino", "random-{}-openvino-int4", media=("picture",)),
+    "OpenVINO int8": System("openvino", "random-{}-openvino-int8", media=("picture",)),
+    "vLLM w8a8": System("vllm", "random-{}-w8a8", media=("picture",)),
+    "vLLM bf16": System("vllm", media=("picture",)),
 }
-COLUMNS = (
-    "system",
-    "vision",
-    "prefill",
-    "a token",
-    "read",
-    "of the limit",
-    "outside kernels",
-    "answer",
-    "peak memory",
-    "eight at once",
-    "rounds",
-)
+MODULES = {
+    "llama_cpp": "llama_cpp",
+    "openvino": "openvino_genai",
+}  # what a library is imported as, where it is not its name
 
 
-@dataclass(frozen=True)
-class Record:
-    """Seconds of one answer. `token_bytes`: of weights and cache that a decoded token reads, where it is known."""
-
-    system: str
-    version: str
-    threads: int
-    tokens_in: int
-    tokens_out: int
-    load_s: float
-    vision_s: float  # 0 where the library does not tell it from prefill
-    prefill_s: float
-    token_s: float
-    total_s: float
-    batch_tokens_per_s: float | None  # eight requests decoding together, without a picture
-    token_bytes: int | None
-    outside_kernels: float | None  # share of a decoded token's time spent neither in the decoder's step nor in the head
-    peak_memory_bytes: int
-    bytes_per_s: float  # the fastest this machine read memory in this process
-    load_average: float
-    date: str
+# --- what is there --------------------------------------------------------------------------------------------------------
 
 
-def measure(system: str, threads: int, preset: str, tokens_out: int) -> Record:
-    """Raises SystemExit for an unknown system."""
-    import torch
+def missing(system: System, models: Path, preset: str, python: str) -> str | None:
+    """Why a system cannot be measured here, or None."""
+    module = MODULES.get(system.library, system.library)
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    if subprocess.run([python, "-c", probe], env=environment(), capture_output=True, check=False).returncode:
+        return f"{python} has no {module}; name one that has: --python {system.library}=…"
+    for name in (system.model, *(value for value in system.options.values() if str(value).endswith(".gguf"))):
+        if not (models / name.format(preset)).exists():
+            return f"{models / name.format(preset)} is not there (docs/notes/peers.md)"
+    return None
 
-    torch.set_num_threads(threads)
-    load_average = os.getloadavg()[0]
-    if system in SCHEMES:
-        numbers = measure_saccade(SCHEMES[system], threads, preset, tokens_out)
-    elif system in PEERS:
-        numbers = PEERS[system](threads, preset, tokens_out)
-    else:
-        sys.exit(f"system {system!r} is unknown; choose one of {', '.join([*SCHEMES, *PEERS])}")
-    from saccade.base.meter import peak_memory_bytes
-    from saccade.bench.machine import measure_machine
 
-    peak = peak_memory_bytes()
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    }
+
+
+def write_checkpoint(models: Path, preset: str) -> None:
+    """The one that all systems start from, where it is not there yet."""
+    folder = models / f"random-{preset}"
+    if not folder.exists():
+        command = [sys.executable, str(ROOT / "tools" / "random_checkpoint.py"), preset, str(folder)]
+        subprocess.run(command, check=True, env=environment())
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, media: str, frames: Path, python: str, options: argparse.Namespace) -> Record:
+    """Raises CalledProcessError if the system's program fails."""
+    system, load_average = SYSTEMS[name], os.getloadavg()[0]
+    cell = {
+        "model": str(options.models / system.model.format(options.preset)),
+        "media": media,
+        "frames": str(frames),
+        "question": QUESTION,
+        "threads": options.threads,
+        "tokens_out": options.tokens_out,
+        "options": {
+            key: str(options.models / value.format(options.preset)) if str(value).endswith(".gguf") else value
+            for key, value in system.options.items()
+        },
+    }
+    command = [python, str(PROGRAMS / f"run_{system.library}.py"), json.dumps(cell)]
+    done = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE, text=True)
+    numbers = json.loads(done.stdout.splitlines()[-1])
     machine = measure_machine(torch.device("cpu"), torch.bfloat16, buffer_bytes=1 << 30, matrices=(512,))
     return Record(
-        system=system,
-        threads=threads,
-        tokens_out=tokens_out,
-        peak_memory_bytes=peak,
+        system=name,
+        media=media,
+        threads=options.threads,
+        tokens_out=options.tokens_out,
         bytes_per_s=machine.bytes_per_s,
+        integer_operations_per_s=integer_rate(),
         load_average=load_average,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **numbers,
     )
 
 
-def picture() -> Any:
-    import numpy as np
-
-    return np.random.default_rng(0).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
-
-
-def measure_saccade(quantization: str | None, threads: int, preset: str, tokens_out: int) -> dict[str, Any]:
-    import saccade
-    from saccade import SamplingParams
-    from saccade.api import messages_for
-    from saccade.bench.model import random_llm
-    from saccade.model.layers import size_bytes
-
-    start = time.perf_counter()
-    llm = random_llm(
-        preset, quantization=quantization, threads=threads, kv_cache_tokens=4096, prefix_cache=False, speculation="off"
+def integer_rate(rows: int = 1024, outputs: int = 22016, columns: int = 2048) -> float | None:
+    """Operations per second that oneDNN's int8 product reaches at a layer of the 3B's, its rows quantized beforehand."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return None
+    packed = torch.ops.onednn.qlinear_prepack(
+        torch.randint(-127, 128, (outputs, columns), dtype=torch.int8), [rows, columns]
     )
-    load_s = time.perf_counter() - start
-    messages = messages_for("Describe this picture in detail.", [picture()])
-
-    def answer(conversations: Any, count: int) -> Any:
-        llm.engine.runner.encoder_cache.clear()
-        return llm.chat(conversations, SamplingParams(max_tokens=count, min_tokens=count, temperature=0))
-
-    answer(messages, 3)
-    runner, kernel_s = llm.engine.runner, [0.0]
-    if runner.decoder_step is not None:
-        runner.decoder_step = timed(runner.decoder_step, kernel_s)
-    runner.model.head = timed(runner.model.head, kernel_s)  # type: ignore[method-assign]
-    start = time.perf_counter()
-    output = answer(messages, tokens_out)[0]
-    total_s = time.perf_counter() - start
-    decode_s = output.timings.decode_s
-    outside = 1 - sum(kernel_s[-2 * (tokens_out - 1) :]) / decode_s if runner.decoder_step is not None else None
-    texts = [messages_for(f"Tell me about the number {number}.") for number in range(8)]
-    together = answer(texts, 24)
-    slowest = max(result.timings.decode_s for result in together)
-    model, config = llm.engine.runner.model, llm.config
-    text, tokens_in = config.text, len(output.prompt_token_ids)
-    cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2 * (tokens_in + tokens_out // 2)
-    head = 0 if text.tie_word_embeddings else size_bytes(model.language.embed_tokens)
-    return {
-        "version": saccade.__version__,
-        "tokens_in": tokens_in,
-        "load_s": load_s,
-        "vision_s": output.timings.vision_s,
-        "prefill_s": output.timings.prefill_s,
-        "token_s": decode_s / (tokens_out - 1),
-        "outside_kernels": outside,
-        "total_s": total_s,
-        "batch_tokens_per_s": 8 * 23 / slowest,
-        "token_bytes": size_bytes(model.language) + size_bytes(model.lm_head) * (head > 0) - head + cache,
-    }
-
-
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The same function, whose every call leaves its seconds behind."""
-
-    def call(*args: Any) -> Any:
+    x = torch.randint(0, 255, (rows, columns), dtype=torch.uint8)
+    scale, zero = torch.full((outputs,), 1e-3), torch.zeros(outputs, dtype=torch.int32)
+    seconds = []
+    for _ in range(6):
         start = time.perf_counter()
-        result = function(*args)
+        torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
         seconds.append(time.perf_counter() - start)
-        return result
-
-    return call
+    return 2 * rows * outputs * columns / min(seconds)
 
 
-def measure_transformers(threads: int, preset: str, tokens_out: int) -> dict[str, Any]:
-    """generate() as it comes: bfloat16, SDPA, greedy."""
-    import torch
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    from saccade.api import messages_for
-    from saccade.bench.model import stand_in_tokenizer
-    from saccade.checkpoints.presets import PRESETS, config_json
-    from saccade.inputs.options import MediaLimits, MediaOptions
-    from saccade.inputs.pixels import patches
-
-    start = time.perf_counter()
-    config = PRESETS[preset]
-    theirs = transformers.Qwen2_5_VLConfig(**config_json(config))
-    theirs._attn_implementation = "sdpa"
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with no_init_weights():
-        model = transformers.Qwen2_5_VLForConditionalGeneration(theirs).eval()
-    torch.set_default_dtype(previous)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(min(parameter.numel(), 1 << 20)) * 0.02
-            parameter.view(-1).copy_(noise.bfloat16().repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()])
-    load_s = time.perf_counter() - start
-    prompt = stand_in_tokenizer(config).build(
-        messages_for("Describe this picture in detail.", [picture()]), defaults=MediaOptions(), limits=MediaLimits()
-    )
-    ids = torch.tensor([prompt.token_ids])
-    grid = prompt.media[0].receipt.grid
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.image_token_id).long(),
-        "pixel_values": patches(prompt.media[0].frames, config),
-        "image_grid_thw": torch.tensor([[grid.t, grid.h, grid.w]]),
-    }
-
-    def answer_s(count: int) -> float:
-        model.model.rope_deltas = None  # kept between calls otherwise
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        return time.perf_counter() - start
-
-    vision_times: list[float] = []
-    tower = model.model.visual.forward
-
-    def timed(*args: Any, **keywords: Any) -> Any:
-        start = time.perf_counter()
-        result = tower(*args, **keywords)
-        vision_times.append(time.perf_counter() - start)
-        return result
-
-    model.model.visual.forward = timed
-    first_s, total_s = answer_s(1), answer_s(tokens_out)
-    return {
-        "version": transformers.__version__,
-        "tokens_in": len(prompt.token_ids),
-        "load_s": load_s,
-        "vision_s": vision_times[0],
-        "prefill_s": first_s - vision_times[0],
-        "token_s": (total_s - first_s) / (tokens_out - 1),
-        "total_s": total_s,
-        "batch_tokens_per_s": None,
-        "token_bytes": None,
-        "outside_kernels": None,
-    }
-
-
-PEERS: dict[str, Callable[[int, str, int], dict[str, Any]]] = {"transformers bf16": measure_transformers}
-
-
-# --- the file ----------------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[Record]:
-    return [Record(**record) for record in json.loads(path.read_text())["records"]] if path.exists() else []
-
-
-def add(path: Path, record: Record) -> None:
-    from saccade.kernels.choose import back_ends, processor_name
-
-    records = [*read(path), record]
+def run(options: argparse.Namespace) -> int:
+    """All cells of all rounds; the file is written anew after each. Returns how many failed."""
+    torch.set_num_threads(options.threads)
+    pythons = {system.library: sys.executable for system in SYSTEMS.values()} | dict(options.python)
+    chosen = [name for name in SYSTEMS if not options.only or any(word in name for word in options.only)]
+    options.models.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(options.models, options.preset)
+    cells = []
+    for name in chosen:
+        reason = missing(SYSTEMS[name], options.models, options.preset, pythons[SYSTEMS[name].library])
+        if reason:
+            print(f"left out: {name}: {reason}", flush=True)
+        else:
+            cells += [(name, media) for media in options.media if media in SYSTEMS[name].media]
+    records = read(options.results) if options.add else []
     machine = {"processor": processor_name(), "kernels": next(b.reason for b in back_ends() if b.name == "cpu")}
-    content = {"machine": machine, "picture": PICTURE, "records": [dataclasses.asdict(r) for r in records]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for media, shape in FRAMES.items():
+            np.save(Path(folder, media), np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+        for number in range(options.rounds):
+            first = number % max(1, len(cells))
+            for name, media in cells[first:] + cells[:first]:
+                python = pythons[SYSTEMS[name].library]
+                try:
+                    record = measure(name, media, Path(folder, f"{media}.npy"), python, options)
+                except subprocess.CalledProcessError as problem:
+                    failures += 1
+                    print(f"failed: {name}, {media}: exit status {problem.returncode}", flush=True)
+                    continue
+                records.append(record)
+                write(options.results, machine, options.preset, records)
+                print(
+                    f"round {number + 1}, {name}, {media}: {record.total_s:.1f} s = vision {record.vision_s:.1f}, "
+                    f"prefill {record.prefill_s:.1f}, {record.tokens_out - 1} tokens of {record.token_s * 1e3:.0f} ms; "
+                    f"{record.tokens_in} tokens in, {record.peak_memory_bytes / 1e9:.1f} GB, loaded in {record.load_s:.0f} s",
+                    flush=True,
+                )
+    return failures
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------------
-
-
-def medians(records: list[Record]) -> list[Record]:
-    """One record for each system, each of its numbers the median over rounds."""
-    out = []
-    for system in dict.fromkeys(record.system for record in records):
-        rounds = [record for record in records if record.system == system]
-        columns = {
-            field.name: [getattr(record, field.name) for record in rounds] for field in dataclasses.fields(Record)
-        }
-        numbers = {
-            name: statistics.median(values)
-            for name, values in columns.items()
-            if all(isinstance(value, int | float) for value in values)
-        }
-        out.append(dataclasses.replace(rounds[-1], **numbers))
-    return out
-
-
-def report(path: Path) -> None:
-    records = read(path)
-    machine = json.loads(path.read_text())["machine"]
-    rows = medians(records)
-    rounds = {row.system: sum(r.system == row.system for r in records) for row in rows}
-    lines = [
-        "# Performance on a CPU",
-        "",
-        "<!-- python benchmarks/cpu.py report -->",
-        "",
-        f"One picture of {PICTURE[1]} x {PICTURE[0]} pixels, {int(rows[0].tokens_in)} tokens in, {int(rows[0].tokens_out)} out; "
-        f"the published 3B's shapes with random weights; {int(rows[0].threads)} threads of {machine['processor']}. "
-        f"Kernels: {machine['kernels']}.",
-        "",
-        "![Seconds of an answer by stage](performance.svg)",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for row in rows:
-        rate = row.token_bytes / row.token_s if row.token_bytes else None
-        cells = [
-            row.system,
-            f"{row.vision_s:.1f} s",
-            f"{row.prefill_s:.1f} s",
-            f"{row.token_s * 1e3:.0f} ms",
-            f"{rate / 1e9:.1f} GB/s" if rate else "",
-            f"{rate / row.bytes_per_s:.0%}" if rate else "",
-            "" if row.outside_kernels is None else f"{row.outside_kernels:.1%}",
-            f"{row.total_s:.1f} s",
-            f"{row.peak_memory_bytes / 1e9:.1f} GB",
-            f"{row.batch_tokens_per_s * row.token_s:.1f} x" if row.batch_tokens_per_s else "",
-            str(rounds[row.system]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    loads = [record.load_average for record in records]
-    lines += [
-        "",
-        "Medians over rounds. *Read*: bytes of weights and cache of a decoded token over its time; *the limit* is the fastest "
-        "that torch read a gigabyte in the same process. *Outside kernels*: the share of a token's time before and after the "
-        "decoder's one call and the output head: choosing requests, packing, sampling, text. *Eight at once*: tokens per second "
-        "of eight short requests together, over one request's. Peak memory is the process's, loading included. The system's "
-        f"load average before the measurements lay between {min(loads):.1f} and {max(loads):.1f}; other programs make every "
-        "number worse.",
-        "",
-    ]
-    PAGE.write_text("\n".join(lines))
-    CHART.write_text(chart(rows))
-
-
-def chart(rows: list[Record]) -> str:
-    """Stacked bars: vision, prefill, decode."""
-    colors = {"vision": "#7aa6c2", "prefill": "#e0a458", "decode": "#8fb77a"}
-    left, width, height = 150, 560, 26
-    longest = max(row.total_s for row in rows)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" height="{(len(rows) + 1) * height + 10}" '
-        'font-family="sans-serif" font-size="13">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for index, (stage, color) in enumerate(colors.items()):
-        x = left + index * 90
-        parts.append(
-            f'<rect x="{x}" y="6" width="12" height="12" fill="{color}"/><text x="{x + 17}" y="17">{stage}</text>'
+def interpreter(text: str) -> tuple[str, str]:
+    library, _, path = text.partition("=")
+    known = sorted({system.library for system in SYSTEMS.values()})
+    if library not in known or not Path(path).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no LIBRARY=INTERPRETER with one of {', '.join(known)} and a file"
         )
-    for line, row in enumerate(rows, start=1):
-        y, x = line * height + 4, float(left)
-        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{row.system}</text>')
-        seconds = (row.vision_s, row.prefill_s, row.token_s * (row.tokens_out - 1))
-        for value, color in zip(seconds, colors.values(), strict=True):
-            span = value / longest * width
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{span:.1f}" height="{height - 7}" fill="{color}"/>')
-            x += span
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{row.total_s:.1f} s</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    return library, path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "measure", "report"])
-    parser.add_argument("systems", nargs="*", help="those to measure; all if none is named")
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="systems whose name holds one of these")
+    parser.add_argument("--media", nargs="+", choices=list(FRAMES), default=list(FRAMES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="keep what the file holds")
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / "runs" / "models", help="folder of the checkpoint and its conversions"
+    )
+    parser.add_argument("--python", type=interpreter, action="append", default=[], metavar="LIBRARY=INTERPRETER")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--preset", default="3b", help="3b, 7b or tiny")
+    parser.add_argument("--preset", default="3b", choices=list(PRESETS))
     parser.add_argument("--tokens-out", type=int, default=TOKENS_OUT)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    systems = options.systems or [*SCHEMES, *PEERS]
-    if options.command == "report":
-        report(options.results)
-    elif options.command == "measure":
-        for system in systems:
-            record = measure(system, options.threads, options.preset, options.tokens_out)
-            add(options.results, record)
-            print(json.dumps(dataclasses.asdict(record)))
-    else:
-        keywords = {"threads": options.threads, "preset": options.preset, "tokens-out": options.tokens_out}
-        arguments = [f"--{name}={value}" for name, value in keywords.items()]
-        for number in range(options.rounds):
-            for system in systems[number % len(systems) :] + systems[: number % len(systems)]:
-                command = [sys.executable, __file__, "measure", system, *arguments, f"--results={options.results}"]
-                subprocess.run(command, check=True)
+    if options.command == "run":
+        sys.exit(run(options) > 0)
+    cpu_report.report(options.results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from saccade.schemes.scheme import (
     W4A8,
     W4A8_FLOAT,
     W4A16,
+    W4A16_ASYM,
     W8A8,
     W8A8_DYNAMIC,
     W8A16,
@@ -35,7 +36,7 @@ if isinstance(LIBRARY, str):
     pytest.skip(LIBRARY, allow_module_level=True)
 
 INTEGER = [W8A8, W8A8_DYNAMIC, W4A8[32], W4A8[128]]
-FLOATING = [DENSE, W8A16, W4A16[32], W4A16[64], FP8, W4A8_FLOAT[32]]
+FLOATING = [DENSE, W8A16, W4A16[32], W4A16[64], W4A16_ASYM[32], FP8, W4A8_FLOAT[32]]
 ROWS = [1, 3, 4, 9, 129]
 BY_ROW = [(1, 1), (33, 65), (12, 3420), (130, 128)]  # outputs and columns, odd ones among them
 BY_GROUP = [(33, 256), (130, 512), (3, 2816)]

@@ -22,18 +22,29 @@ using DenseFew = Wide<BFloat16>;
 #endif
 
 template <class T>
+void nibbles_by_rows(const LinearCall& call) {
+  const bool is_fine = call.layer.group_size < PACKED_COLUMNS, has_zeros = call.layer.zero != nullptr;
+  if (call.layer.scheme == SACCADE_W4A8)
+    return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
+  if constexpr (IS_BFLOAT16<T>) {
+    if (is_fine)
+      return has_zeros ? multiply_by_rows<T, FixedNibbles<true, true>>(call)
+                       : multiply_by_rows<T, FixedNibbles<true, false>>(call);
+    return has_zeros ? multiply_by_rows<T, FixedNibbles<false, true>>(call)
+                     : multiply_by_rows<T, FixedNibbles<false, false>>(call);
+  }
+  multiply_by_rows<T, WideNibbles>(call);
+}
+
+template <class T>
 void linear_of(const LinearCall& call) {
-  const bool is_fine = call.layer.group_size < PACKED_COLUMNS;
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
     case SACCADE_W8A16: return multiply_by_rows<T, Wide<int8_t>>(call);
-    case SACCADE_W4A16:
-      if constexpr (IS_BFLOAT16<T>) return is_fine ? multiply_by_rows<T, FixedNibbles<true>>(call) : multiply_by_rows<T, FixedNibbles<false>>(call);
-      return multiply_by_rows<T, WideNibbles>(call);
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_rows<T, Bytes>(call);
-    case SACCADE_W4A8:
-      return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
+    case SACCADE_W4A16:
+    case SACCADE_W4A8: return nibbles_by_rows<T>(call);
   }
 }
 

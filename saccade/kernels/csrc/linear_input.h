@@ -28,8 +28,9 @@ constexpr int64_t RUNS = PACKED_COLUMNS / RUN;  // in it
 // them. `values` stand in the order in which nibbles come out of words: of each word the lowest, the second, the third, the last.
 struct FixedBlock {
   alignas(64) int16_t values[4][BYTES / 2];
-  float sums[FLOATS];   // of the values that meet in a lane: what its products have too much for each unit of the zero point
-  float scale[FLOATS];  // the same in all
+  int32_t start[FLOATS];  // -8 times `sums`: nibbles are taken 8 too large
+  float sums[FLOATS];     // of the values that meet in a lane: what its products have too much for each unit of the zero point
+  float scale[FLOATS];    // the same in all
 };
 
 // V: int8_t, BFloat16, float or FixedBlock.
@@ -151,6 +152,7 @@ void take_block(const T* x, int64_t count, FixedBlock& block) {
     for (int64_t i = 0; i < EIGHTH; ++i) {
       int32_t sum = 0;
       for (int64_t j = 4 * i; j < 4 * i + 4; ++j) sum += low[j] + high[j];
+      block.start[run * EIGHTH + i] = -8 * sum;
       block.sums[run * EIGHTH + i] = static_cast<float>(sum);
     }
   }

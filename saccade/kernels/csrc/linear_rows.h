@@ -21,28 +21,32 @@ void multiply(const Weights& weights, int64_t output, const Input<typename Weigh
     for (int m = 0; m < M; ++m) sum[n][m] = Weights::zero();
   const typename Weights::Value* values = x.values + row * x.stride;
   typename Weights::Group group[N];
+  decltype(weights.address(0, 0)) from[N];
+  for (int n = 0; n < N; ++n) from[n] = weights.address(output + n, 0);
   const int64_t span = weights.span();
+  int64_t column = 0;
   for (int64_t start = 0; start < weights.columns; start += span) {
     for (int n = 0; n < N; ++n) group[n] = weights.group(output + n, start);
-    const int64_t end = smaller(start + span, weights.columns);
-    int64_t column = start;
+    const int64_t end = Weights::HAS_END ? smaller(start + span, weights.columns) : start + span;
     for (; column + STEP <= end; column += STEP) {
-      decltype(weights.at(0, 0, group[0])) w[N];
+      decltype(weights.at(from[0], group[0])) w[N];
       for (int n = 0; n < N; ++n) {
-        w[n] = weights.at(output + n, column, group[n]);
-        __builtin_prefetch(reinterpret_cast<const char*>(weights.address(output + n, column)) + WEIGHT_AHEAD, 0, 2);
+        w[n] = weights.at(from[n], group[n]);
+        __builtin_prefetch(reinterpret_cast<const char*>(from[n]) + WEIGHT_AHEAD, 0, 2);
+        from[n] += Weights::ADVANCE;
       }
       for (int m = 0; m < M; ++m) {
         const auto& x_m = Weights::input(values + m * x.stride, column);
         for (int n = 0; n < N; ++n) sum[n][m] = multiply_add(sum[n][m], w[n], x_m);
       }
     }
-    if (Weights::HAS_END && column < end)
+    if constexpr (Weights::HAS_END) {
+      if (column == end) continue;
       for (int n = 0; n < N; ++n) {
-        const auto w = weights.end(output + n, column, group[n]);
-        for (int m = 0; m < M; ++m)
-          sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride, column));
+        const auto w = weights.end(from[n], end - column, group[n]);
+        for (int m = 0; m < M; ++m) sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride, column));
       }
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {

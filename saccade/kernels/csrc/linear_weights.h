@@ -1,8 +1,9 @@
 // The rows of a weight as vectors: how each scheme's numbers are widened, and multiplied with x.
 //
-// A kind of weights says: Value, what x consists of; STEP columns at a time, taken by `at` as a Left and multiplied with the
-// Right that `input` takes of a row of x; `span` columns that share a Group, which holds what their values stand for; `end` for the
-// columns that are left at the end of a row, zeros beyond it, where HAS_END; `arrange`, which puts a row of x into the order `input` wants.
+// A kind of weights says: Value, what x consists of; STEP columns at a time, ADVANCE elements from `address` on, taken by `at` as a Left
+// and multiplied with the Right that `input` takes of a row of x; `span` columns that share a Group, which holds what their
+// values stand for; `end` for the columns that are left at the end of a row, zeros beyond it, where HAS_END; `arrange`, which puts
+// a row of x into the order `input` wants.
 #pragma once
 
 #include "linear_input.h"
@@ -20,6 +21,7 @@ struct RowMajor : Base {
   struct Group {};
   int64_t span() const { return columns; }
   Group group(int64_t, int64_t) const { return {}; }
+  static constexpr int64_t ADVANCE = Base::STEP;
   const V* address(int64_t row, int64_t column) const { return values + row * columns + column; }
 };
 
@@ -73,8 +75,8 @@ struct Integers {
 
 struct Bytes : RowMajor<int8_t, Integers> {
   using RowMajor::RowMajor;
-  Left at(int64_t row, int64_t column, Group) const { return left(load(address(row, column))); }
-  Left end(int64_t row, int64_t column, Group) const { return left(load_part(address(row, column), columns - column)); }
+  static Left at(const int8_t* from, Group) { return left(load(from)); }
+  static Left end(const int8_t* from, int64_t count, Group) { return left(load_part(from, count)); }
 };
 
 // What the 16 nibbles stand for (two's complement: nibble 9 is -7) times each scale a group may have, and OFFSET more.
@@ -137,11 +139,10 @@ struct Nibbles : NibbleRows<Integers> {
   static TwoLeft looked_up(Int8 packed, const Group& table) {
     return {ready(look_up(low_nibbles(packed), table)), ready(look_up(high_nibbles(packed), table))};
   }
-  TwoLeft at(int64_t row, int64_t column, const Group& table) const {
-    return looked_up(load_packed(address(row, column)), table);
-  }
-  TwoLeft end(int64_t row, int64_t column, const Group& table) const {
-    return looked_up(load_packed_part(address(row, column), columns - column), table);
+  static constexpr int64_t ADVANCE = STEP / 2;
+  static TwoLeft at(const uint8_t* from, const Group& table) { return looked_up(load_packed(from), table); }
+  static TwoLeft end(const uint8_t* from, int64_t count, const Group& table) {
+    return looked_up(load_packed_part(from, count), table);
   }
 };
 
@@ -164,17 +165,25 @@ template <class V>
 struct Wide : RowMajor<V, Floats> {
   using RowMajor<V, Floats>::RowMajor;
   using typename RowMajor<V, Floats>::Group;
-  Float at(int64_t row, int64_t column, Group) const { return widen(this->address(row, column)); }
-  Float end(int64_t row, int64_t column, Group) const {
-    return widen_part(this->address(row, column), this->columns - column);
-  }
+  static Float at(const V* from, Group) { return widen(from); }
+  static Float end(const V* from, int64_t count, Group) { return widen_part(from, count); }
 };
 
+struct WideLeft {
+  Float values[RUN / FLOATS];
+};
+
+// A run of 32 columns at a time.
 struct WideNibbles : NibbleRows<Floats> {
   const float* scales;
   const int8_t* zeros;
 
   explicit WideNibbles(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.scale), zeros(layer.zero) {}
+
+  static constexpr int64_t STEP = RUN, ADVANCE = RUN / 2;
+  static constexpr bool HAS_END = false;  // rows are whole groups
+  using Right = const float*;
+  static Right input(const float* x, int64_t column) { return x + column; }
 
   using Group = FloatTable;
   int64_t span() const { return groups.size(); }
@@ -182,26 +191,37 @@ struct WideNibbles : NibbleRows<Floats> {
     const int64_t group = groups.number(row, column);
     return float_table(scales[group], zeros == nullptr ? 0.0f : zeros[group]);
   }
-
-  Float at(int64_t row, int64_t column, const Group& table) const {
-    return look_up(values + ((row * columns + (column & ~int64_t{31})) >> 1), column & 31, table);
+  static WideLeft at(const uint8_t* from, const Group& table) {
+    WideLeft all;
+    for (int i = 0; i < RUN / FLOATS; ++i) all.values[i] = look_up(from, i * FLOATS, table);
+    return all;
   }
-  Float end(int64_t, int64_t, const Group&) const { return zero_float(); }  // groups are multiples of STEP
 };
+
+inline Float multiply_add(Float sum, const WideLeft& w, const float* x) {
+  for (int i = 0; i < RUN / FLOATS; ++i) sum = multiply_add(sum, w.values[i], load(x + i * FLOATS));
+  return sum;
+}
 
 // --- in fixed point ---
 
+template <bool HAS_ZEROS>
 struct FixedGroup {
-  Float scale, excess;
+  Float scale, zero;
 };
+template <>
+struct FixedGroup<false> {
+  Float scale;
+};
+template <bool HAS_ZEROS>
 struct FixedLeft {
   Int8 packed;
-  FixedGroup group;
+  FixedGroup<HAS_ZEROS> group;
 };
 
-// Nibbles as they come out of words of 16 bits, 8 too large: that and the zero point are taken off the sum of a step, which then
-// gets the scales of its group and of x. IS_FINE as above.
-template <bool IS_FINE>
+// Nibbles as they come out of words of 16 bits, 8 too large: FixedBlock's sums begin with what that will be too much. The sum of a
+// step then loses the zero point's share and gets the scales of its group and of x. IS_FINE as above.
+template <bool IS_FINE, bool HAS_ZEROS>
 struct FixedNibbles : NibbleRows<Floats> {
   static constexpr bool HAS_END = IS_FINE;
   const float* scales;
@@ -215,36 +235,37 @@ struct FixedNibbles : NibbleRows<Floats> {
   static void arrange(FixedBlock*, int64_t) {}
   static Right input(const FixedBlock* x, int64_t column) { return x[column / STEP]; }
 
-  using Group = FixedGroup;
+  using Group = FixedGroup<HAS_ZEROS>;
   int64_t span() const { return IS_FINE ? STEP : groups.size(); }
-  float excess(int64_t group) const { return zeros == nullptr ? 8.0f : 8.0f + zeros[group]; }
+  template <class V>
+  Float each_group(const V* of_groups, int64_t row, int64_t column) const {
+    if constexpr (!IS_FINE) return each_run(static_cast<float>(of_groups[groups.number(row, column)]));
+    float each[RUNS];
+    for (int64_t run = 0; run < RUNS; ++run)
+      each[run] = static_cast<float>(of_groups[groups.number_or_last(row, column + run * RUN)]);
+    return each_run(each);
+  }
   Group group(int64_t row, int64_t column) const {
-    if constexpr (!IS_FINE) {
-      const int64_t group = groups.number(row, column);
-      return {each_run(scales[group]), each_run(excess(group))};
-    }
-    float scale[RUNS], excesses[RUNS];
-    for (int64_t run = 0; run < RUNS; ++run) {
-      const int64_t group = groups.number_or_last(row, column + run * RUN);
-      scale[run] = scales[group];
-      excesses[run] = excess(group);
-    }
-    return {each_run(scale), each_run(excesses)};
+    if constexpr (HAS_ZEROS) return {each_group(scales, row, column), each_group(zeros, row, column)};
+    else return {each_group(scales, row, column)};
   }
-  FixedLeft at(int64_t row, int64_t column, const Group& group) const {
-    return {flip_nibbles(load_packed(address(row, column))), group};
+  static constexpr int64_t ADVANCE = STEP / 2;
+  static FixedLeft<HAS_ZEROS> at(const uint8_t* from, const Group& group) {
+    return {flip_nibbles(load_packed(from)), group};
   }
-  FixedLeft end(int64_t row, int64_t column, const Group& group) const {  // x is zero beyond the row
-    return {flip_nibbles(load_packed_part(address(row, column), columns - column)), group};
+  static FixedLeft<HAS_ZEROS> end(const uint8_t* from, int64_t count, const Group& group) {  // x is zero beyond the row
+    return {flip_nibbles(load_packed_part(from, count)), group};
   }
 };
 
-inline Float multiply_add(Float sum, const FixedLeft& w, const FixedBlock& x) {
-  Words whole = multiply_words(zero_words(), nibble_of_words<0>(w.packed), load(x.values[0]));
+template <bool HAS_ZEROS>
+inline Float multiply_add(Float sum, const FixedLeft<HAS_ZEROS>& w, const FixedBlock& x) {
+  Words whole = multiply_words(load_words(x.start), nibble_of_words<0>(w.packed), load(x.values[0]));
   whole = multiply_words(whole, nibble_of_words<1>(w.packed), load(x.values[1]));
   whole = multiply_words(whole, nibble_of_words<2>(w.packed), load(x.values[2]));
   whole = multiply_words(whole, nibble_of_words<3>(w.packed), load(x.values[3]));
-  const Float exact = multiply_subtract(widen(whole), w.group.excess, load(x.sums));
+  Float exact = widen(whole);
+  if constexpr (HAS_ZEROS) exact = multiply_subtract(exact, w.group.zero, load(x.sums));
   return multiply_add(sum, multiply(w.group.scale, load(x.scale)), exact);
 }
 
@@ -265,9 +286,9 @@ struct Pairs {
 
 struct DensePairs : RowMajor<BFloat16, Pairs> {
   using RowMajor::RowMajor;
-  __m512i at(int64_t row, int64_t column, Group) const { return _mm512_loadu_si512(address(row, column)); }
-  __m512i end(int64_t row, int64_t column, Group) const {
-    return _mm512_maskz_loadu_epi16((uint32_t{1} << (columns - column)) - 1, address(row, column));
+  static __m512i at(const BFloat16* from, Group) { return _mm512_loadu_si512(from); }
+  static __m512i end(const BFloat16* from, int64_t count, Group) {
+    return _mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, from);
   }
 };
 

@@ -335,7 +335,7 @@ inline Float look_up(const uint8_t* run, int column, FloatTable table) {
 
 using Words = __m512i;
 
-inline Words zero_words() { return _mm512_setzero_si512(); }
+inline Words load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline Int8 load(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Int8 flip_nibbles(Int8 packed) { return _mm512_xor_si512(packed, _mm512_set1_epi8(-0x78)); }  // value + 8
 template <int I>
@@ -363,7 +363,7 @@ inline Float each_run(float value) { return _mm512_set1_ps(value); }
 
 using Words = __m256i;
 
-inline Words zero_words() { return _mm256_setzero_si256(); }
+inline Words load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Int8 load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Int8 flip_nibbles(Int8 packed) { return _mm256_xor_si256(packed, _mm256_set1_epi8(-0x78)); }
 template <int I>
@@ -392,7 +392,11 @@ struct Words {
   int32_t values[FLOATS];
 };
 
-inline Words zero_words() { return {}; }
+inline Words load_words(const int32_t* p) {
+  Words all;
+  memcpy(all.values, p, sizeof(all.values));
+  return all;
+}
 inline Int8 load(const int16_t* p) { return load(reinterpret_cast<const int8_t*>(p)); }
 inline Int8 flip_nibbles(Int8 packed) {
   for (int8_t& value : packed.values) value = static_cast<int8_t>(value ^ 0x88);

@@ -11,47 +11,53 @@ constexpr int64_t PIECE = 64;           // outputs a thread takes at once
 constexpr int64_t WEIGHT_AHEAD = 4096;  // bytes of it that are fetched before they are multiplied
 constexpr int64_t MOST_ROWS = STREAM_ROWS > BLOCK_ROWS ? STREAM_ROWS : BLOCK_ROWS;
 
-// sums[m * PIECE + n] of N outputs from `output` on and M rows of x from `row` on.
+// sums[m * PIECE + n] of N outputs from `output` on and M rows of x from `row` on. A single sum of whole numbers is kept in two parts
+// that take turns, as each product waits for the one before.
 template <int N, int M, class Weights>
 void multiply(const Weights& weights, int64_t output, const Input<typename Weights::Value>& x, int64_t row,
               typename Weights::Number* sums) {
   constexpr int64_t STEP = Weights::STEP;
-  typename Weights::Sum sum[N][M];
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) sum[n][m] = Weights::zero();
+  constexpr bool IS_INTEGER = sizeof(typename Weights::Value) == 1;
+  constexpr int PARTS = IS_INTEGER && N * M == 1 ? 2 : 1;
+  typename Weights::Sum sum[PARTS][N][M];
+  for (auto& part : sum)
+    for (auto& of_output : part)
+      for (auto& each : of_output) each = Weights::zero();
   const typename Weights::Value* values = x.values + row * x.stride;
-  typename Weights::Group group[N];
   decltype(weights.address(0, 0)) from[N];
   for (int n = 0; n < N; ++n) from[n] = weights.address(output + n, 0);
-  const int64_t span = weights.span();
-  int64_t column = 0;
-  for (int64_t start = 0; start < weights.columns; start += span) {
-    for (int n = 0; n < N; ++n) group[n] = weights.group(output + n, start);
-    const int64_t end = Weights::HAS_END ? smaller(start + span, weights.columns) : start + span;
-    for (; column + STEP <= end; column += STEP) {
-      decltype(weights.at(from[0], group[0])) w[N];
-      for (int n = 0; n < N; ++n) {
-        w[n] = weights.at(from[n], group[n]);
-        __builtin_prefetch(reinterpret_cast<const char*>(from[n]) + WEIGHT_AHEAD, 0, 2);
-        from[n] += Weights::ADVANCE;
-      }
-      for (int m = 0; m < M; ++m) {
-        const auto& x_m = Weights::input(values + m * x.stride, column);
-        for (int n = 0; n < N; ++n) sum[n][m] = multiply_add(sum[n][m], w[n], x_m);
-      }
+  int64_t column = 0, value = 0;  // of x's row, in columns and in its own elements
+  const auto step = [&](int part) {
+    decltype(weights.at(from[0], weights.group(0, 0))) w[N];
+    for (int n = 0; n < N; ++n) {
+      w[n] = weights.at(from[n], weights.group(output + n, column));
+      __builtin_prefetch(reinterpret_cast<const char*>(from[n]) + WEIGHT_AHEAD, 0, 2);
+      from[n] += Weights::ADVANCE;
     }
-    if constexpr (Weights::HAS_END) {
-      if (column == end) continue;
-      for (int n = 0; n < N; ++n) {
-        const auto w = weights.end(from[n], end - column, group[n]);
-        for (int m = 0; m < M; ++m) sum[n][m] = multiply_add(sum[n][m], w, Weights::input(values + m * x.stride, column));
-      }
+    for (int m = 0; m < M; ++m) {
+      const auto& x_m = Weights::input(values + m * x.stride + value);
+      for (int n = 0; n < N; ++n) sum[part][n][m] = multiply_add(sum[part][n][m], w[n], x_m);
     }
+    column += STEP;
+    value += Weights::VALUES;
+  };
+  while (column + PARTS * STEP <= weights.columns)
+    for (int part = 0; part < PARTS; ++part) step(part);
+  while (column + STEP <= weights.columns) step(0);
+  if constexpr (Weights::HAS_END) {
+    if (column < weights.columns)
+      for (int n = 0; n < N; ++n) {
+        const auto w = weights.end(from[n], weights.columns - column, weights.group(output + n, column));
+        for (int m = 0; m < M; ++m)
+          sum[0][n][m] = multiply_add(sum[0][n][m], w, Weights::input(values + m * x.stride + value));
+      }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
-      sums[m * PIECE + n] = total(sum[n][m]);
-      if constexpr (PRODUCT_OFFSET != 0 && sizeof(typename Weights::Value) == 1) sums[m * PIECE + n] -= x.offsets[row + m];
+      typename Weights::Number all = total(sum[0][n][m]);
+      if constexpr (PARTS == 2) all += total(sum[1][n][m]);
+      if constexpr (PRODUCT_OFFSET != 0 && IS_INTEGER) all -= x.offsets[row + m];
+      sums[m * PIECE + n] = all;
     }
 }
 

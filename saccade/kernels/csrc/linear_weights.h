@@ -1,9 +1,9 @@
 // The rows of a weight as vectors: how each scheme's numbers are widened, and multiplied with x.
 //
 // A kind of weights says: Value, what x consists of; STEP columns at a time, ADVANCE elements from `address` on, taken by `at` as a Left
-// and multiplied with the Right that `input` takes of a row of x; `span` columns that share a Group, which holds what their
-// values stand for; `end` for the columns that are left at the end of a row, zeros beyond it, where HAS_END; `arrange`, which puts
-// a row of x into the order `input` wants.
+// and multiplied with the Right that `input` takes of the next VALUES of a row of x; Group, what a step's values stand for; `end`
+// for the columns that are left at the end of a row, zeros beyond it, where HAS_END; `arrange`, which puts a row of x into the
+// order `input` wants. Tiles also ask for `span`, the columns that share a group.
 #pragma once
 
 #include "linear_input.h"
@@ -21,7 +21,7 @@ struct RowMajor : Base {
   struct Group {};
   int64_t span() const { return columns; }
   Group group(int64_t, int64_t) const { return {}; }
-  static constexpr int64_t ADVANCE = Base::STEP;
+  static constexpr int64_t ADVANCE = Base::STEP, VALUES = Base::STEP;
   const V* address(int64_t row, int64_t column) const { return values + row * columns + column; }
 };
 
@@ -70,7 +70,7 @@ struct Integers {
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_sum(); }
   static void arrange(int8_t*, int64_t) {}
-  static Right input(const int8_t* x, int64_t column) { return right(load(x + column)); }
+  static Right input(const int8_t* x) { return right(load(x)); }
 };
 
 struct Bytes : RowMajor<int8_t, Integers> {
@@ -112,7 +112,7 @@ struct Nibbles : NibbleRows<Integers> {
   explicit Nibbles(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.group_scale) {}
 
   using Right = TwoRight;
-  static constexpr int64_t STEP = PACKED_COLUMNS;
+  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = STEP;
   static void arrange(int8_t* x, int64_t count) {
     int8_t block[STEP];
     for (int64_t column = 0; column < count; column += STEP, x += STEP) {
@@ -123,12 +123,9 @@ struct Nibbles : NibbleRows<Integers> {
       }
     }
   }
-  static Right input(const int8_t* x, int64_t column) {
-    return {right(load(x + column)), right(load(x + column + STEP / 2))};
-  }
+  static Right input(const int8_t* x) { return {right(load(x)), right(load(x + STEP / 2))}; }
 
   using Group = Table;
-  int64_t span() const { return IS_FINE ? STEP : groups.size(); }
   const int8_t* table(int64_t group) const { return NIBBLE_TABLES<PRODUCT_OFFSET>.rows[scales[group] & 127]; }
   Group group(int64_t row, int64_t column) const {
     if constexpr (!IS_FINE) return load_table(table(groups.number(row, column)));
@@ -139,7 +136,6 @@ struct Nibbles : NibbleRows<Integers> {
   static TwoLeft looked_up(Int8 packed, const Group& table) {
     return {ready(look_up(low_nibbles(packed), table)), ready(look_up(high_nibbles(packed), table))};
   }
-  static constexpr int64_t ADVANCE = STEP / 2;
   static TwoLeft at(const uint8_t* from, const Group& table) { return looked_up(load_packed(from), table); }
   static TwoLeft end(const uint8_t* from, int64_t count, const Group& table) {
     return looked_up(load_packed_part(from, count), table);
@@ -157,7 +153,7 @@ struct Floats {
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_float(); }
   static void arrange(float*, int64_t) {}
-  static Right input(const float* x, int64_t column) { return load(x + column); }
+  static Right input(const float* x) { return load(x); }
 };
 
 // V: int8_t for w8a16, BFloat16 for dense.
@@ -180,13 +176,12 @@ struct WideNibbles : NibbleRows<Floats> {
 
   explicit WideNibbles(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.scale), zeros(layer.zero) {}
 
-  static constexpr int64_t STEP = RUN, ADVANCE = RUN / 2;
+  static constexpr int64_t STEP = RUN, ADVANCE = RUN / 2, VALUES = RUN;
   static constexpr bool HAS_END = false;  // rows are whole groups
   using Right = const float*;
-  static Right input(const float* x, int64_t column) { return x + column; }
+  static Right input(const float* x) { return x; }
 
   using Group = FloatTable;
-  int64_t span() const { return groups.size(); }
   Group group(int64_t row, int64_t column) const {
     const int64_t group = groups.number(row, column);
     return float_table(scales[group], zeros == nullptr ? 0.0f : zeros[group]);
@@ -231,12 +226,11 @@ struct FixedNibbles : NibbleRows<Floats> {
 
   using Value = FixedBlock;
   using Right = const FixedBlock&;
-  static constexpr int64_t STEP = PACKED_COLUMNS;
+  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = 1;
   static void arrange(FixedBlock*, int64_t) {}
-  static Right input(const FixedBlock* x, int64_t column) { return x[column / STEP]; }
+  static Right input(const FixedBlock* x) { return *x; }
 
   using Group = FixedGroup<HAS_ZEROS>;
-  int64_t span() const { return IS_FINE ? STEP : groups.size(); }
   template <class V>
   Float each_group(const V* of_groups, int64_t row, int64_t column) const {
     if constexpr (!IS_FINE) return each_run(static_cast<float>(of_groups[groups.number(row, column)]));
@@ -249,7 +243,6 @@ struct FixedNibbles : NibbleRows<Floats> {
     if constexpr (HAS_ZEROS) return {each_group(scales, row, column), each_group(zeros, row, column)};
     else return {each_group(scales, row, column)};
   }
-  static constexpr int64_t ADVANCE = STEP / 2;
   static FixedLeft<HAS_ZEROS> at(const uint8_t* from, const Group& group) {
     return {flip_nibbles(load_packed(from)), group};
   }
@@ -281,7 +274,7 @@ struct Pairs {
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_float(); }
   static void arrange(BFloat16*, int64_t) {}
-  static Right input(const BFloat16* x, int64_t column) { return _mm512_loadu_si512(x + column); }
+  static Right input(const BFloat16* x) { return _mm512_loadu_si512(x); }
 };
 
 struct DensePairs : RowMajor<BFloat16, Pairs> {

@@ -86,6 +86,8 @@ void multiply_by_rows(const LinearCall& call) {
     typename Weights::Number sums[MOST_ROWS * PIECE];
     for (int64_t piece; (piece = shares.next(thread)) >= 0;) {
       const int64_t first = piece * PIECE, count = smaller(outputs - first, PIECE);
+      if (call.layer.scheme != SACCADE_W4A16 && call.layer.scale != nullptr)  // one for each output: wanted at the end
+        for (int64_t n = 0; n < count; n += LINE_BYTES / sizeof(float)) __builtin_prefetch(call.layer.scale + first + n);
       for (int64_t row = 0; row < call.rows; row += together) {
         const int64_t rows = smaller(call.rows - row, together);
         int64_t n = 0;

@@ -1,13 +1,13 @@
 """What guessed tokens bring and cost.
 
     python benchmarks/speculation.py tasks [--items 24] [--quantization w8a8-dynamic]
-    python benchmarks/speculation.py replay
+    python benchmarks/speculation.py replay [--longest 3] [--shortest 1] [--most 7]
     python benchmarks/speculation.py cost [--random 3b] [--layers 12] [--quantization w4a8-g128] [--tokens 32] [--rounds 3]
 
 tasks: the shipped model's answers to held-out items, with and without guesses: tokens a step, seconds, and whether all are equal.
 replay: long answers of a known text, as if a model wrote exactly them: tokens a step. No model runs.
-cost: a model of real shape; milliseconds a token without guesses, with guesses that are never right, and with 1, 3 and 7 that
-always are. The ways take turns; the median of the rounds is printed.
+cost: a model of real shape; milliseconds of processor time a token without guesses, with guesses that are never right, and with 1,
+3 and 7 that always are. The ways take turns; the median of the rounds is printed. More threads than one count their waiting, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from saccade.engine import engine
 from saccade.engine.lookup import Lookup, Speculation
 from saccade.evals.tasks import draw
 from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.prompt import Prompt
 
 TASKS = ("copy", "box", "form", "table", "count")
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0)
@@ -90,17 +92,17 @@ def answers() -> Iterator[tuple[str, str, str]]:
     yield "prose", "Describe the picture.", letter
 
 
-def replay() -> None:
+def replay(speculation: Speculation) -> None:
     """As the engine would: the token that is due is always right, guesses as far as they agree with the text."""
     tokenizer = ChatTokenizer(FOLDER / "model", read_config(FOLDER / "model"))
     print(f"{'answer':12}{'tokens':>8}{'guessed':>9}{'right':>7}{'a step':>8}")
     for name, question, text in answers():
-        lookup = Lookup(tokenizer.build(messages_for(question)).token_ids, Speculation())
+        lookup = Lookup(tokenizer.build(messages_for(question)).token_ids, speculation)
         ids = tokenizer.encode(text)
         lookup.append(ids[0])  # with the prompt's step
         at, steps, guessed = 1, 1, 0
         while at < len(ids):
-            guess = lookup.guess(min(7, len(ids) - at - 1)) if at + 1 < len(ids) else []
+            guess = lookup.guess(min(speculation.max_tokens, len(ids) - at - 1)) if at + 1 < len(ids) else []
             num_right = next((i for i, token_id in enumerate(guess) if token_id != ids[at + i]), len(guess))
             lookup.learn(len(guess), num_right)
             for token_id in ids[at : at + num_right + 1]:
@@ -127,12 +129,11 @@ class Told(Lookup):
 
     def learn(self, num_guessed: int, num_right: int) -> None:
         assert num_right == (num_guessed if self.answer else 0), "guesses were not as told"
-        super().learn(num_guessed, num_right)
+        if not self.answer:
+            super().learn(num_guessed, num_right)
 
 
-def cost(
-    preset: str, layers: int | None, quantization: str | None, num_tokens: int, rounds: int, threads: int | None
-) -> None:
+def cost(preset: str, layers: int | None, quantization: str | None, num_tokens: int, rounds: int, threads: int) -> None:
     llm = random_llm(
         preset, layers, 1, quantization=quantization, threads=threads, kv_cache_tokens=2048, prefix_cache=False
     )
@@ -144,22 +145,35 @@ def cost(
     assert speculation is not None, "the kernels of this machine are not known to treat rows alike"
     engine.Lookup = Told  # type: ignore[misc]
     llm.engine.scheduler.speculation = None
-    output = llm.chat(messages, params)[0]
-    prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
+    prompt = llm.prepare(messages)
+    _, answer = decoding(llm, prompt, params)
     ways: dict[str, tuple[int, Sequence[int]] | None] = {"off": None, "never right": (7, ())}
-    ways |= {f"{width} right": (width, [*prompt, *answer]) for width in (1, 3, 7) if width < speculation.max_rows}
+    ways |= {
+        f"{width} right": (width, [*prompt.token_ids, *answer]) for width in (1, 3, 7) if width < speculation.max_rows
+    }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, told in ways.items():
             llm.engine.scheduler.speculation = None if told is None else speculation
             Told.width, Told.answer = told or (0, ())
-            output = llm.chat(messages, params)[0]
-            assert output.outputs[0].token_ids == answer, "the answer changed"
-            taken[way].append(output.timings.decode_s / (num_tokens - 1))
+            seconds, said = decoding(llm, prompt, params)
+            assert said == answer, "the answer changed"
+            taken[way].append(seconds)
     plain = statistics.median(taken["off"])
     for way, seconds in taken.items():
         middle = statistics.median(seconds)
         print(f"{way:14}{1e3 * middle:8.1f} ms a token{plain / middle:7.2f} times as fast as without")
+
+
+def decoding(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[float, list[int]]:
+    """Seconds of processor time for each token after the first, and the answer."""
+    request = llm.engine.add(prompt, params)[0]
+    while not request.output_ids:
+        llm.engine.step()
+    start = time.process_time()
+    while not request.is_finished:
+        llm.engine.step()
+    return (time.process_time() - start) / (len(request.output_ids) - 1), request.output_ids
 
 
 def main() -> None:
@@ -171,12 +185,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--longest", type=int, default=3)
+    parser.add_argument("--shortest", type=int, default=1)
+    parser.add_argument("--most", type=int, default=7)
     chosen: Any = parser.parse_args()
     if chosen.what == "tasks":
         tasks(chosen.items, chosen.quantization)
     elif chosen.what == "replay":
-        replay()
+        replay(Speculation(chosen.most, chosen.longest, chosen.shortest))
     else:
         cost(chosen.random, chosen.layers, chosen.quantization, chosen.tokens, chosen.rounds, chosen.threads)
 

@@ -151,7 +151,7 @@ def isa(request: pytest.FixtureRequest) -> Any:
 
 
 @needs_library
-@pytest.mark.parametrize("scheme", [None, "w8a16", "w4a16-g64", "w8a8-dynamic", "w4a8-g64"])
+@pytest.mark.parametrize("scheme", [None, "w8a16", "w4a16-g64", "w8a8-dynamic", "w4a8-g64", "fp8"])
 def test_a_row_has_the_bits_it_has_alone(scheme: str | None, isa: str) -> None:
     """On each instruction set, up to as many rows as the back end says."""
     kernels = choose(torch.device("cpu"))

@@ -5,8 +5,12 @@
 Each variant is the model with one published kind of outliers put into it (saccade/evals/outliers.py), its function unchanged.
 Answers of held-out items are teacher-forced; KL is per token against the float variant, in nats, both run in float32 so that
 rounding to bfloat16 is not measured along. `right` is the share of answers whose every token is the likeliest, which is what
-greedy decoding would say letter for letter. Calibration is the built-in set, drawn from other seeds and by another hand than
-the items; exact mode gets the pictures of that set.
+greedy decoding would say letter for letter; `score` is the mean of all tasks on other held-out items, answered freely in
+the model's own type, of the variants in --scored. Calibration is the built-in set, drawn from other seeds and by another
+hand than the items; exact mode gets pictures of that set.
+
+A run that was stopped goes on behind the last row in the JSON; rows of another model or other code stay as they are: remove
+the file to begin anew.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from typing import Any
 import torch
 
 from saccade import LLM
-from saccade.api import quantize, quantize_exactly, usable_cpus
+from saccade.api import quantize, quantize_exactly
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.checkpoints.hub import resolve
 from saccade.evals.item import Item
 from saccade.evals.outliers import INJECTORS, inject
+from saccade.evals.run import EvalOptions, answer
 from saccade.evals.tasks import TASKS
 from saccade.evals.tasks import draw as draw_item
 from saccade.quantize.drawn_samples import drawn
@@ -61,24 +66,31 @@ class Row:
     num_tokens: int
     size_bytes: int
     seconds: float
+    score: float | None = None
+
+
+FLOAT = Recipe("bfloat16", "the model", "", {})
+LIKE_REFERENCE, ALL = "as msModelSlim", "all decoder linears"
 
 
 def recipes() -> list[Recipe]:
-    low_bit = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "group_size": 128}
-    exact = [("w8a8", {}), ("w8a8-dynamic", {"is_dynamic": True}), ("w4a8", low_bit)]
-    rows = [
-        Recipe(scheme, f"exact {method}", "as msModelSlim", {**options, "anti_method": method}, is_exact=True)
-        for scheme, options in exact
-        for method in ("m2", "m4")
+    """Like beside like: best mode beside exact mode with its layers and group, and beside rounding to nearest with all."""
+    low_bit = {"w_bit": 4, "is_dynamic": True, "is_lowbit": True, "open_outlier": False, "group_size": 256}
+    exact: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("w8a8", {}, {}),
+        ("w8a8-dynamic", {"is_dynamic": True}, {}),
+        ("w4a8", low_bit, {"group_size": 256}),
     ]
-    for scheme in ("w8a8", "w8a8-dynamic", "w4a8"):
-        best = {"scheme": scheme, "format": "vllm-ascend"}
-        rows.append(Recipe(scheme, "best", "as msModelSlim", best))
-        rows.append(Recipe(scheme, "best rotated", "as msModelSlim", {**best, "rotate": True}))
-    for scheme in ("w8a8", "w8a8-dynamic", "w4a8", "w8a16", "w4a16", "fp8"):
-        plain = {"scheme": scheme, "smooth": "none", "rounding": "rtn"}
-        rows.append(Recipe(scheme, "to nearest", "all decoder linears", plain))
-        rows.append(Recipe(scheme, "best", "all decoder linears", {"scheme": scheme}))
+    rows = []
+    for scheme, options, ours in exact:
+        for method in ("m2", "m4"):
+            rows.append(Recipe(scheme, f"exact {method}", LIKE_REFERENCE, {**options, "anti_method": method}, True))
+        rows.append(Recipe(scheme, "best", LIKE_REFERENCE, {"scheme": scheme, "format": "vllm-ascend", **ours}))
+    for scheme in ("w8a8-dynamic", "w4a8", "w8a16", "w4a16", "fp8"):
+        rows.append(
+            Recipe(scheme, "to nearest", ALL, {"scheme": scheme, "smooth": "none", "rounding": "rtn", "rotate": False})
+        )
+        rows.append(Recipe(scheme, "best", ALL, {"scheme": scheme}))
     return rows
 
 
@@ -93,15 +105,33 @@ def scored(folder: Path, asked: Sequence[Item]) -> list[ScoredAnswer]:
     )
 
 
+def mean_score(folder: Path, per_task: int) -> float:
+    """Over all tasks, of free answers: the figure `saccade eval` prints, on items of its own."""
+    asked = [draw_item(task, "test", ITEM_SEED + 1, index) for task in TASKS for index in range(per_task)]
+    llm = LLM(folder, device="cpu", kv_cache_tokens=16384)
+    outcomes = answer(llm, asked, EvalOptions())
+    return sum(outcome.score for outcome in outcomes) / len(outcomes)
+
+
 def measure(
-    variant: str, source: Path, recipe: Recipe, exact: list[ScoredAnswer], asked: Sequence[Item], work: Path
+    variant: str,
+    source: Path,
+    recipe: Recipe,
+    exact: list[ScoredAnswer],
+    asked: Sequence[Item],
+    work: Path,
+    num_scored: int,
+    threads: int,
 ) -> Row:
+    """`num_scored`: items of each task that are answered freely besides; 0 for none."""
     out = work / "out"
     start = time.perf_counter()
-    if recipe.is_exact:
+    if recipe == FLOAT:
+        out = source
+    elif recipe.is_exact:
         quantize_exactly(source, out, work / "pictures", force=True, **recipe.options)
     else:
-        quantize(source, out, force=True, threads=usable_cpus(), **recipe.options)
+        quantize(source, out, force=True, threads=threads, **recipe.options)
     seconds = time.perf_counter() - start
     found = scored(out, asked)
     apart = join([token_divergence(a.logits, b.logits) for a, b in zip(exact, found, strict=True)]).summary()
@@ -110,15 +140,20 @@ def measure(
     return Row(
         variant, recipe.scheme, recipe.name, recipe.layers, apart.mean_kl, apart.p99_kl, apart.top1_agreement,
         sum(right) / len(right), apart.num_tokens, size, round(seconds, 1),
+        mean_score(out, num_scored) if num_scored else None,
     )  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| variant | scheme | recipe | layers | mean KL | p99 KL | top-1 | right | MB | s |", "|" + "---|" * 10]
+    lines = [
+        "| variant | scheme | recipe | layers | mean KL | p99 KL | top-1 | right | score | MB | s |",
+        "|" + "---|" * 11,
+    ]
     for row in rows:
+        score = "" if row.score is None else f"{100 * row.score:.1f}"
         lines.append(
             f"| {row.variant} | {row.scheme} | {row.recipe} | {row.layers} | {row.mean_kl:.2e} | {row.p99_kl:.2e} | "
-            f"{row.top1:.4f} | {row.right:.3f} | {row.size_bytes / 1e6:.1f} | {row.seconds:.0f} |"
+            f"{row.top1:.4f} | {row.right:.3f} | {score} | {row.size_bytes / 1e6:.1f} | {row.seconds:.0f} |"
         )
     return "\n".join(lines)
 
@@ -130,31 +165,60 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", help="only these")
     parser.add_argument("--recipes", nargs="*", help="only rows whose name begins so")
     parser.add_argument("--per-task", type=int, default=8)
+    parser.add_argument(
+        "--scored", nargs="*", default=["control", "first-token"], help="variants that answer freely, too"
+    )
+    parser.add_argument("--score-items", type=int, default=20, help="of each task")
+    parser.add_argument("--threads", type=int, default=1, help="of one quantization; the bits depend on it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    chosen = [
+    chosen = [FLOAT] + [
         recipe
         for recipe in recipes()
         if (not options.schemes or recipe.scheme in options.schemes)
         and (not options.recipes or any(recipe.name.startswith(name) for name in options.recipes))
     ]
-    asked, rows = items(options.per_task), []
+    asked = items(options.per_task)
+    rows = (
+        [Row(**row) for row in json.loads(options.json.read_text())] if options.json and options.json.exists() else []
+    )
+    done = {(row.variant, row.scheme, row.recipe, row.layers) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "pictures").mkdir()
         for number in range(NUM_PICTURES):
             drawn(number).picture.save(work / "pictures" / f"{number}.png")
         for variant in options.variants:
+            missing = [each for each in chosen if (variant, each.scheme, each.name, each.layers) not in done]
+            if not missing:
+                continue
             source = work / variant
             inject(open_checkpoint(resolve(options.model)), variant).save(source)
             exact = scored(source, asked)
-            for recipe in chosen:
-                row = measure(variant, source, recipe, exact, asked, work)
+            for recipe in missing:
+                num_scored = options.score_items if variant in options.scored else 0
+                row = measure(variant, source, recipe, exact, asked, work, num_scored, options.threads)
                 rows.append(row)
                 print(table([row]).splitlines()[-1], flush=True)
                 if options.json:
                     options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(table(rows))
+    for line in losses(rows):
+        print(line)
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Where best mode is not ahead of what stands beside it, in mean KL."""
+    lines = []
+    for best in rows:
+        for other in rows:
+            place = (best.variant, best.scheme, best.layers)
+            is_beside = best.recipe == "best" != other.recipe and (other.variant, other.scheme, other.layers) == place
+            if is_beside and other.mean_kl <= best.mean_kl:
+                lines.append(
+                    f"not ahead: {', '.join(place)}: {best.mean_kl:.2e} against {other.mean_kl:.2e} of {other.recipe}"
+                )
+    return lines or ["best mode is ahead in every row"]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ RUNS, EVERY = (
     16,
     4,
 )  # kept tokens lie in the order of the samples; of RUNS runs of them every fourth is held out for the trial
-LESS = (0.75, 0.5)  # of a learned scale that are tried, the rest being no scale or the one it started from
+LEARNED = (1.0, 0.75, 0.5)  # shares of what was learned that are tried, the rest being what it started from
 FIRST_WEIGHT = 0.1  # of the first token's errors, to those of each other kind
 FLOOR = 1e-5  # of the largest: what counts as no activation, or no weight, at all
 MOST = 1e4  # a scale reaches this far from 1
@@ -163,13 +163,12 @@ def candidates(trial: Trial, method: Smoothing) -> Iterator[Tensor]:
     by_kind = torch.stack([_shared(largest, trial) for largest in trial.seen.largest])
     weight = _floored(_shared(trial.largest_weight, trial))
     if method in ("learned", "search"):
-        start = _centred((_floored(by_kind.amax(0)) / weight).sqrt())
+        balanced = _centred((_floored(by_kind.amax(0)) / weight).sqrt())
         shares = token_shares(trial.seen.rows @ trial.weight.t(), trial.seen.kinds)
-        learned = learned_scale(trial.seen.rows, shares, trial.weight, trial.scheme, trial.columns, start)
-        yield _centred(learned)
-        for power in LESS:
-            yield _centred(learned**power)
-            yield _centred(learned**power * start ** (1 - power))
+        for start in (torch.ones_like(balanced), balanced):
+            learned = learned_scale(trial.seen.rows, shares, trial.weight, trial.scheme, trial.columns, start)
+            for power in LEARNED:
+                yield _centred(learned**power * start ** (1 - power))
     if method in ("m4", "search"):
         ranges = [by_kind.amax(0)]
         present = by_kind[by_kind.amax(1) > 0]

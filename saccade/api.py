@@ -468,16 +468,18 @@ def quantize(
     threads: int | None = None,
     force: bool = False,
     verify: Verify | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> BestReport:
     """Makes a quantized checkpoint of `model` in the folder `out`, which appears whole or not at all; see docs/quantization.md.
 
     `recipe`: a BestRecipe, or a YAML file with its fields; `options` are fields, too, and take the place of the file's.
     `verify`: what looks at the folder before it appears, as `saccade.verify.after.verifier` makes it; its report comes along.
+    `statistics`: a folder where what the float model's linears see is kept; with other schemes the model is not run again.
     Killed at any moment, the same call goes on where it was. Raises OptionError, CheckpointError, MediaError or PromptError
     before the long work begins.
     """
-    job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, **options)
+    job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, statistics=statistics, **options)
     return quantize_best(job, force=force, verify=verify)
 
 
@@ -488,9 +490,11 @@ def quantization_job(
     recipe: BestRecipe | str | os.PathLike[str] | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Job:
     """What `quantize` would do, checked and not begun; its `plan` says what that takes."""
+    kept = None if statistics is None else Path(statistics)
     if isinstance(recipe, BestRecipe):
         chosen = dataclasses.replace(recipe, **options)
     elif recipe is not None:
@@ -498,7 +502,9 @@ def quantization_job(
     else:
         chosen = from_mapping(BestRecipe, options)
     where = choose_device(device)
-    return prepare(resolve(model), Path(out), chosen, device=str(where), threads=threads or usable_cpus())
+    return prepare(
+        resolve(model), Path(out), chosen, device=str(where), threads=threads or usable_cpus(), statistics=kept
+    )
 
 
 def quantize_exactly(

@@ -87,6 +87,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "stream",
             "state",
             "job",
+            "kept",
             "source",
             "pairs",
             "round_linear",

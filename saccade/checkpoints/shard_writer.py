@@ -6,6 +6,7 @@ Writing happens in a hidden sibling folder that takes the visible name when it i
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -195,7 +196,13 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise CheckpointError(unwritable(path, error)) from error
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """What to say of a file or folder that the system did not write."""
+    remedy = "; make room and do it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{path} cannot be written: {error.strerror or error}{remedy}"
 
 
 class _OpenShard:

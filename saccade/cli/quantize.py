@@ -24,6 +24,7 @@ BEST_ONLY = {field.name for field in dataclasses.fields(BestRecipe)} - {_SHARED,
     "layer",
     "recipe",
     "dry_run",
+    "statistics",
 }
 _REFERENCE_SPELLINGS = EXACT_ONLY | {"model_path", "calib_images", "save_directory", "image_order"}
 
@@ -36,6 +37,11 @@ _REFERENCE_SPELLINGS = EXACT_ONLY | {"model_path", "calib_images", "save_directo
 @click.option("--layer", multiple=True, help="PATTERN=SCHEME for some linears, or =float; the first match counts")
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False), help="YAML file with any of these options")
 @click.option("--dry-run", is_flag=True, help="print the plan: layers, sizes, memory, time; write nothing")
+@click.option(
+    "--statistics",
+    type=click.Path(file_okay=False),
+    help="keep what the float model sees there; other schemes reuse it",
+)
 @click.option("--verify/--no-verify", default=True, help="compare the result with the model before it appears")
 @click.option("--force", is_flag=True, help="replace an existing checkpoint")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
@@ -111,7 +117,9 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
 
 
 def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None:
-    options = {name: values[name] for name in given & (BEST_ONLY | {_SHARED}) - {"layer", "recipe", "dry_run"}}
+    options = {
+        name: values[name] for name in given & (BEST_ONLY | {_SHARED}) - {"layer", "recipe", "dry_run", "statistics"}
+    }
     if given & EXACT_ONLY:
         exact = {name: values[name] for name in EXACT_ONLY | {_SHARED} if values[name] is not None}
         options = best_options(ExactRecipe(**exact), _SHARED in given) | options
@@ -123,7 +131,9 @@ def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None
 
     from saccade import api
 
-    job = api.quantization_job(model, out, recipe=recipe, device=values["device"], threads=values["threads"])
+    job = api.quantization_job(
+        model, out, recipe=recipe, device=values["device"], threads=values["threads"], statistics=values["statistics"]
+    )
     notes = job.samples.notes if job.samples else ()
     for note in notes:
         click.echo(f"note: {note}", err=True)

@@ -20,6 +20,7 @@ from saccade.checkpoints.json_file import read_json
 from saccade.checkpoints.shard_writer import ShardWriter
 from saccade.checkpoints.writing import companions
 from saccade.quantize.job import Job, key_of, require_room
+from saccade.quantize.kept import Kept, has_all, state_of
 from saccade.quantize.plan import Plan
 from saccade.quantize.report import (
     FILE_NAME,
@@ -32,7 +33,7 @@ from saccade.quantize.report import (
     to_json,
 )
 from saccade.quantize.report_page import PAGE_NAME, page
-from saccade.quantize.run import Run
+from saccade.quantize.run import Gathering, Run
 from saccade.quantize.samples import Samples
 from saccade.quantize.state import State, is_complete
 
@@ -75,7 +76,7 @@ def quantize_best(job: Job, *, force: bool = False, verify: Verify | None = None
         require_room(job)
     state = State(partial, key)
     with _threads(job.threads):
-        run = Run(job, state)
+        run = Run(job, state, gathered(job))
         run.all_blocks()
     state.complete()
     layers = tuple(_measure(layer) for record in state.records for layer in record)
@@ -102,6 +103,17 @@ def quantize_best(job: Job, *, force: bool = False, verify: Verify | None = None
         writer.add_file(FILE_NAME, to_json(known))
     state.remove()
     return report
+
+
+def gathered(job: Job) -> Kept | None:
+    """The statistics that the job keeps, gathered now unless they are there; None if it keeps none."""
+    if job.statistics is None:
+        return None
+    state = state_of(job, job.statistics)
+    if not has_all(job, job.statistics):
+        Gathering(job, state).all_blocks()
+        state.complete()
+    return Kept(state)
 
 
 def _for_json(job: Job, report: BestReport) -> QuantizationReport:

@@ -34,9 +34,18 @@ class Job:
     samples: Samples | None
     device: torch.device
     threads: int
+    statistics: Path | None = None  # where those of the float model are kept
 
 
-def prepare(source: Path, out: Path, recipe: BestRecipe, *, device: str = "cpu", threads: int = 2) -> Job:
+def prepare(
+    source: Path,
+    out: Path,
+    recipe: BestRecipe,
+    *,
+    device: str = "cpu",
+    threads: int = 2,
+    statistics: Path | None = None,
+) -> Job:
     """Opens the checkpoint, reads the samples and makes the plan; no weight is read.
 
     Raises OptionError, CheckpointError, MediaError or PromptError.
@@ -57,16 +66,22 @@ def prepare(source: Path, out: Path, recipe: BestRecipe, *, device: str = "cpu",
         samples = load_samples(recipe.calibration, tokenizer, recipe.samples, recipe.seed, recipe.max_pixels)
         num_patches = sum(medium.receipt.grid.num_patches for prompt in samples.prompts for medium in prompt.media)
         plan = make_plan(checkpoint.config, recipe, samples.num_tokens, num_patches)
-    return Job(checkpoint, out, recipe, plan, format_, samples, torch.device(device), threads)
+    return Job(
+        checkpoint, out, recipe, plan, format_, samples, torch.device(device), threads, statistics if samples else None
+    )
 
 
 def key_of(job: Job) -> str:
     """Of all that the result's bytes depend on."""
-    config = job.checkpoint.folder / "config.json"
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in job.checkpoint.shards.files]
-    samples = job.samples.digest if job.samples else ""
-    what = (job.recipe.digest(), config.read_text(), files, samples, str(job.device), job.threads, torch.__version__)
-    return hashlib.sha256(repr(what).encode()).hexdigest()
+    samples, is_kept = job.samples.digest if job.samples else "", job.statistics is not None
+    what = (job.recipe.digest(), fingerprint(job.checkpoint), samples, str(job.device), job.threads, torch.__version__)
+    return hashlib.sha256(repr((what, is_kept)).encode()).hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Changes with the checkpoint's settings and files, weights by size and time."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.shards.files]
+    return repr(((checkpoint.folder / "config.json").read_text(), files))
 
 
 def require_room(job: Job) -> None:

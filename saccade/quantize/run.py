@@ -23,6 +23,7 @@ from saccade.model.layers import Filling, Linear, fill
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.model.vision import VisionBlock
 from saccade.quantize.job import Job
+from saccade.quantize.kept import Kept, tensors_of
 from saccade.quantize.pairs import pairs
 from saccade.quantize.plan import MAX_HESSIAN
 from saccade.quantize.report import LayerMeasure
@@ -50,7 +51,8 @@ ROWS_AT_ONCE = 4096  # of the embedding or the head
 class Run:
     """One quantization under way."""
 
-    def __init__(self, job: Job, state: State) -> None:
+    def __init__(self, job: Job, state: State, kept: Kept | None = None) -> None:
+        """`kept`: the float model's statistics; then nothing runs through the model."""
         self.job, self.state, self.recipe = job, state, job.recipe
         self.source = Source(job.checkpoint, job.recipe, job.device)
         self.config = self.source.config
@@ -58,15 +60,19 @@ class Run:
         self.watched = Watched(choose(job.device))
         self.model = Qwen2_5_VL(self.config, self.watched.kernels)
         self.rounder = Rounder(self.recipe, self.dtype, self.watched.kernels)
-        self.prompts = job.samples.prompts if job.samples else ()
+        self.kept = kept
+        self.prompts = job.samples.prompts if job.samples and kept is None else ()
         self.media = [medium for prompt in self.prompts for medium in prompt.media]
         self.hidden: Tensor | None = None
+
+    @property
+    def label(self) -> str:
+        return f"quantizing to {self.recipe.scheme}"
 
     def all_blocks(self) -> None:
         stages = list(self._stages())
         self.hidden = self.state.hidden()
-        label = f"quantizing to {self.recipe.scheme}"
-        with progress(len(stages), label) as advance:
+        with progress(len(stages), self.label) as advance:
             advance(self.state.done)
             for stage in stages[self.state.done :]:
                 stage()
@@ -145,23 +151,29 @@ class Run:
         seen: dict[Linear, Seen] = {}
         measures: list[LayerMeasure] = []
         if rows is not None:
-            tokens, pieces = self.tokens(is_tower), self.pieces(is_tower)
-            if wanted:
-                seen = self.watch(module, source, wanted)
+            seen = self.watch(module, source, wanted) if wanted else {}
+        elif self.kept is not None:
+            seen = {layer: self.kept.seen(next(iter(layer.parts)), self.job.device) for layer in wanted}
         before = {layer: its.largest for layer, its in seen.items()}
         if seen and self.recipe.smoothing != "none":
             self.smooth(name, module, source, seen)
         for layer in wanted:
             measures += self.rounder.round(layer, self.scheme(layer), source, seen.get(layer), before.get(layer))
-        if rows is not None and shape_out is not None:
-            fill(module, self.filling(source))
-            self.hidden = self.state.room_for(shape_out, self.dtype)
-            if name == "visual.merger":
-                self.merge(rows)
-            else:
-                run(pieces, module, rows, self.hidden, self.watched, tokens)
-            release(module)
+        if rows is not None:
+            self.pass_on(name, module, source, shape_out)
         self.finish(self.tensors(source), measures)
+
+    def pass_on(self, name: str, module: nn.Module, source: Block, shape_out: tuple[int, ...] | None) -> None:
+        """The hidden rows through the block as `source` now has it."""
+        rows, is_tower = self.hidden, name.startswith("visual.")
+        assert rows is not None and shape_out is not None, "there are rows"  # noqa: PT018
+        fill(module, self.filling(source))
+        self.hidden = self.state.room_for(shape_out, self.dtype)
+        if name == "visual.merger":
+            self.merge(rows)
+        else:
+            run(self.pieces(is_tower), module, rows, self.hidden, self.watched, self.tokens(is_tower))
+        release(module)
 
     def merge(self, rows: Tensor) -> None:
         assert self.hidden is not None, "the merger has rows"
@@ -258,3 +270,31 @@ class Run:
                 yield name, tensor.to(self.dtype)
             elif kind == "weight":
                 yield from self.job.format.tensors_of(module, source.weights[module]).items()
+
+
+class Gathering(Run):
+    """The float model's forward, a block at a time, of which only what its linears saw stays."""
+
+    @property
+    def label(self) -> str:
+        return "gathering statistics"
+
+    def finish(self, tensors: Iterable[tuple[str, Tensor]], measures: Sequence[LayerMeasure] = ()) -> None:
+        self.state.finish((), self.hidden, [])
+
+    def table(self, name: str) -> Tensor:
+        return torch.empty(0)
+
+    def through(self, name: str, module: nn.Module, shape_out: tuple[int, ...] | None) -> None:
+        source, is_tower = self.source.block(name), name.startswith("visual.")
+        if is_tower and not self.media:
+            self.finish(())
+            return
+        wanted = [layer for layer in module.modules() if isinstance(layer, Linear)]
+        has_tower = any(
+            part.startswith("visual.") and not scheme.is_dense for part, scheme in self.job.plan.assignment.items()
+        )
+        seen = self.watch(module, source, wanted) if has_tower or not is_tower else {}
+        self.pass_on(name, module, source, shape_out)
+        kept = [pair for layer, its in seen.items() for pair in tensors_of(next(iter(layer.parts)), its, self.dtype)]
+        self.state.finish(kept, self.hidden, [])

@@ -71,4 +71,6 @@ class Source:
     def _read(self, name: str) -> Tensor:
         out = torch.empty(self.shapes[name])
         self._checkpoint.read_into(name, out)
+        if not bool(torch.isfinite(out.sum())):
+            self._checkpoint.check_finite([name])  # says where
         return out.to(self._device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import CheckpointError
-from saccade.checkpoints.shard_writer import ShardWriter
+from saccade.checkpoints.shard_writer import ShardWriter, unwritable
 from saccade.checkpoints.shards import Shards
 
 PROGRESS = "progress.json"
@@ -99,16 +99,18 @@ class State:
 
     def complete(self) -> None:
         """No block is left."""
-        self._progress.is_complete = True
+        self._progress.is_complete, self._progress.hidden = True, None
         with _writing(self.folder):
             self._write_progress()
+            self._remove_unfinished()
 
     def tensors(self) -> Iterator[tuple[str, Shards]]:
         """Every tensor's name and where to read it, in order of writing."""
         for number in range(self.done):
-            part = Shards(self._part(number))
-            for name in part.names():
-                yield name, part
+            if any(self._part(number).glob("*.safetensors")):
+                part = Shards(self._part(number))
+                for name in part.names():
+                    yield name, part
 
     def remove(self) -> None:
         """At one stroke, so that no half of it is ever taken for a state."""
@@ -196,6 +198,10 @@ def new_rows(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> T
     size = int(torch.Size(shape).numel())
     if path is None or size * dtype.itemsize <= MAX_MEMORY_BYTES:
         return torch.empty(shape, dtype=dtype)
+    with _writing(path), path.open("wb") as file:
+        # A file whose blocks are claimed only when they are written to ends the process where the disk is full.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, size * dtype.itemsize))
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
 
@@ -210,4 +216,4 @@ class _writing:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise CheckpointError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+            raise CheckpointError(unwritable(self._folder, error)) from error

@@ -28,7 +28,7 @@ from PIL import Image
 
 from saccade.base.meter import gigabytes
 from saccade.kernels.choose import processor_name
-from saccade.quantize.samples import draw
+from saccade.quantize.drawn_samples import drawn
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quantization-memory.json"
@@ -124,7 +124,7 @@ def save_photos(folder: Path, photos: Sequence[Path], count: int) -> None:
             left = whole.width // 8 * (number // len(photos))
             picture = whole.crop((left, 0, left + whole.width // 2, whole.height)).resize((width, height))
         else:
-            picture = draw(number).resize((width, height))
+            picture = drawn(number).picture.resize((width, height))
         picture.save(folder / f"{number}.png")
 
 

@@ -18,7 +18,7 @@ from saccade.base.errors import CheckpointError, MediaError
 from saccade.checkpoints import shard_writer
 from saccade.quantize import run as running
 from saccade.quantize import state
-from saccade.quantize.samples import draw
+from saccade.quantize.drawn_samples import drawn
 from tests.quantize.test_best import hashes, small
 
 __all__ = ["small"]
@@ -114,8 +114,8 @@ def test_a_source_that_changes_on_the_way_is_noticed(
 
 def test_a_picture_that_breaks_off_is_named_before_the_work(source: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    draw(1).save(tmp_path / "photos" / "whole.png")
-    draw(2).save(tmp_path / "photos" / "torn.jpg")
+    drawn(1).picture.save(tmp_path / "photos" / "whole.png")
+    drawn(2).picture.save(tmp_path / "photos" / "torn.jpg")
     content = (tmp_path / "photos" / "torn.jpg").read_bytes()
     (tmp_path / "photos" / "torn.jpg").write_bytes(content[: len(content) // 3])
     with pytest.raises(MediaError, match=r"torn\.jpg"):

@@ -106,7 +106,8 @@ def test_sums_of_floats_are_near_exact_ones(kernels: Kernels, scheme: Scheme, ou
     """The result is rounded once, the sum is in float32, and of groups the dequantized value may be rounded to bfloat16."""
     for dtype, bias in ((torch.bfloat16, True), (torch.float32, False), (torch.float16, True)):
         weight = random_weight(scheme, outputs, columns, dtype, bias)
-        assert describe(weight, dtype) is not None
+        is_known = not (scheme.is_dense and dtype != torch.bfloat16)
+        assert (describe(weight, dtype) is not None) == is_known
         wide = dequantize(weight).double()
         for rows in ROWS:
             x = random(rows, columns, seed=rows).to(dtype)

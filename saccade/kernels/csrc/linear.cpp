@@ -59,7 +59,7 @@ constexpr int64_t MANY_ROWS_DENSE = 9;  // as fast either way from 5 on; up to h
 // Some layers are staged for any number of rows.
 int64_t many_rows(const SaccadeLinear& layer) {
   switch (layer.scheme) {
-    case SACCADE_DENSE: return layer.dtype == SACCADE_BFLOAT16 ? MANY_ROWS_DENSE : 1;
+    case SACCADE_DENSE: return MANY_ROWS_DENSE;
     case SACCADE_W4A8_FLOAT:
     case SACCADE_FP8: return 1;
     default: return MANY_ROWS;

@@ -10,7 +10,7 @@ extern "C" {
 enum SaccadeDtype : int32_t { SACCADE_FLOAT32, SACCADE_BFLOAT16, SACCADE_FLOAT16 };
 
 enum SaccadeScheme : int32_t {
-  SACCADE_DENSE,         // values of x's type
+  SACCADE_DENSE,         // bfloat16 values, x of the same
   SACCADE_W8A16,         // int8 values, a scale for each row
   SACCADE_W4A16,         // 4 bits, a float scale for each group, maybe a zero point
   SACCADE_W8A8,          // int8 values, static activations

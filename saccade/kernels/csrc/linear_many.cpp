@@ -24,7 +24,7 @@ template <class T, class Product>
 void multiply_floats(const LinearCall& call) {
   using V = typename Product::Value;
   switch (call.layer.scheme) {
-    case SACCADE_DENSE: return multiply_many<T, Product, StagedRows<V, T>>(call);
+    case SACCADE_DENSE: return multiply_many<T, Product, StagedRows<V, BFloat16>>(call);
     case SACCADE_W8A16: return multiply_many<T, Product, StagedRows<V, int8_t>>(call);
     case SACCADE_FP8: return multiply_many<T, Product, StagedRows<V, Float8>>(call);
     case SACCADE_W4A16:

@@ -139,6 +139,8 @@ def find_faults(weight: Weight) -> Iterator[str]:
     bias = torch.zeros_like(sums) if weight.bias is None else weight.bias.double()
     expected = bias / static.deq_scale.double() - zero * sums
     tolerance = 1.0 + 1e-6 * (expected.abs() + (zero * sums).abs())  # formed in float32
+    if weight.bias is not None:  # from a bias that may have had more digits than the stored one
+        tolerance += torch.finfo(weight.bias.dtype).eps * (bias / static.deq_scale.double()).abs()
     if bool((off := (static.quant_bias - expected).abs() > tolerance).any()):
         yield f"quant_bias of {_rows(off)} belongs to another zero point or bias than the stored ones ({zero:g})"
 

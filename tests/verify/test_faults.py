@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from saccade.quantize.report import Check, QuantizationReport
-from saccade.schemes.affine import quantize_weight
+from saccade.schemes.affine import quantize_weight, static_weight
 from saccade.schemes.scheme import W8A8_DYNAMIC, Weight
 from saccade.verify.options import VerifyOptions
+from saccade.verify.schema import find_faults
 from saccade.verify.verification import verify
 from tests.test_quantized_model import write_quantized
 
@@ -218,3 +220,14 @@ def test_another_model_is_not_the_source(dynamic: Path, tmp_path: Path) -> None:
     build(tmp_path / "other", SHAPES[4], seed=1)
     report = verify(dynamic, tmp_path / "other", (), QUICK)
     assert_found(check_of(report, "source"), "fail", "another model")
+
+
+def test_a_static_bias_may_have_had_more_digits_than_the_stored_one() -> None:
+    """Smoothing divides biases; the constant is formed before the bias is rounded to the file's type."""
+    wide = torch.tensor([700.123, -1.5])
+    plain = quantize_weight(Weight(torch.randn(2, 64)), W8A8_DYNAMIC)
+    assert plain.scale is not None
+    one = torch.ones(1)
+    whole = static_weight(plain.values, plain.scale, wide, 0.01 * one, 3 * one)
+    assert not list(find_faults(replace(whole, bias=wide.bfloat16())))
+    assert list(find_faults(replace(whole, bias=(1.05 * wide).bfloat16())))

@@ -248,11 +248,14 @@ def mixed(a: Colour, b: Colour, share: float) -> Colour:
     return red, green, blue
 
 
-def pick_colour(rng: Rng, ground: Canvas) -> str:
-    """One of the drawn colours that stands out from the ground."""
+def contrasting(ground: Canvas) -> list[str]:
+    """The drawn colours that stand out from the ground."""
     mean = ground.reshape(-1, 3).mean(0)
-    names = [name for name in DRAWN_COLOURS if float(np.abs(np.asarray(COLOURS[name]) - mean).sum()) > 170]
-    return str(rng.choice(names))
+    return [name for name in DRAWN_COLOURS if float(np.abs(np.asarray(COLOURS[name]) - mean).sum()) > 170]
+
+
+def pick_colour(rng: Rng, ground: Canvas) -> str:
+    return str(rng.choice(contrasting(ground)))
 
 
 def pick_style(rng: Rng) -> TextStyle:

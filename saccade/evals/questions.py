@@ -138,8 +138,8 @@ def ask_order(rng: Rng, clip: Clip) -> Turn | None:
 
 
 def ask_when(rng: Rng, clip: Clip) -> Turn | None:
-    """The second from which on the one shape is there, counted from 0."""
-    return Turn("when", "At which second does the shape appear?", str(clip.entries[0] // FRAMES_PER_SECOND), "number")
+    """The second from which on the one shape is there, counted from 0; with its half, if it comes at one."""
+    return Turn("when", "At which second does the shape appear?", f"{clip.entries[0] / FRAMES_PER_SECOND:g}", "number")
 
 
 def ask_direction(rng: Rng, clip: Clip) -> Turn | None:
@@ -149,27 +149,30 @@ def ask_direction(rng: Rng, clip: Clip) -> Turn | None:
 # --- text alone ------------------------------------------------------------------------------------------------------
 
 
-def ask_copy(rng: Rng, *, test: bool) -> Turn:
-    """Three to five digits and letters."""
+def ask_copy(rng: Rng, *, test: bool, hard: bool) -> Turn:
+    """Three to five digits and letters, or six to eight digits, of which more are alike."""
+    low, high, alphabet = (6, 8, DIGITS) if hard else (3, 5, DIGITS + CONSONANTS)
     while True:
-        symbols = " ".join(pick(rng, DIGITS + CONSONANTS) for _ in range(int(rng.integers(3, 6))))
+        symbols = " ".join(pick(rng, alphabet) for _ in range(int(rng.integers(low, high + 1))))
         if is_held_out(symbols) == test:
             return Turn("copy", f"Copy: {symbols}", symbols, "exact")
 
 
-def ask_sort(rng: Rng, *, test: bool) -> Turn:
-    """Three different digits; which three is held out, in any order."""
+def ask_sort(rng: Rng, *, test: bool, hard: bool) -> Turn:
+    """Three different digits, or four of which some may be alike; which they are is held out, in any order."""
     while True:
-        digits = [DIGITS[int(i)] for i in rng.permutation(len(DIGITS))[:3]]
+        drawn = rng.integers(len(DIGITS), size=4) if hard else rng.permutation(len(DIGITS))[:3]
+        digits = [DIGITS[int(i)] for i in drawn]
         if is_held_out("sort", *sorted(digits)) == test:
             return Turn("sort", f"Sort: {' '.join(digits)}", " ".join(sorted(digits)), "exact")
 
 
-def ask_sum(rng: Rng, *, test: bool) -> Turn:
-    """A number of two digits and one of one digit, without a carry."""
+def ask_sum(rng: Rng, *, test: bool, hard: bool) -> Turn:
+    """A number of two digits and one of one digit, without a carry; or two numbers of two digits, with a sum below 100."""
     while True:
         ten, one = int(rng.integers(1, 10)), int(rng.integers(0, 10))
-        other = int(rng.integers(0, 10 - one))
-        if is_held_out("sum", ten, one, other) == test:
-            number = 10 * ten + one
-            return Turn("sum", f"{number} + {other} = ?", str(number + other), "number")
+        other = (int(rng.integers(1, 10)), int(rng.integers(0, 10))) if hard else (int(rng.integers(0, 10 - one)),)
+        left, right = f"{ten}{one}", "".join(map(str, other))
+        total = int(left) + int(right)
+        if total < 100 and is_held_out("sum", ten, one, *other) == test:
+            return Turn("sum", f"{left} + {right} = ?", str(total), "number")

@@ -26,6 +26,7 @@ from saccade.evals.drawing import (
     TextStyle,
     background,
     compressed,
+    contrasting,
     finished,
     free_spot,
     ink,
@@ -49,17 +50,31 @@ HELD_OUT_PAIRS = frozenset(
         ("purple", "circle"),
     }
 )
-CONSONANTS, VOWELS = "CDHKLMPST", "AEIOU"  # a word is consonant, vowel, consonant
+CONSONANTS, VOWELS = "CDHKLMPST", "AEIOU"  # of words, in turn
+FOUR_LETTERS = 168  # pixels of width from which words have one letter more
 HELD_OUT_ONE_IN = 8
-NUM_LEVELS = 5  # of a bar
+LEVELS, FINE_LEVELS = 5, 10  # heights a bar may have, in small and in large charts
+FINE_LINE_EVERY = 2  # levels of a large chart that share one line
+FINE_CHART = 196  # pixels of height from which a chart has the finer scale
 ROW_NAMES, COLUMN_NAMES = "ABC", "XYZ"
 CELL = 28  # pixels of a table's cell
 LINE = 28  # pixels of a form's line
+LARGE_FORM = 224  # pixels of width from which a form is large
 FIELDS = ("total", "tax", "tip", "cash", "date", "table", "order", "seats")  # of a form
 FIRM = ("CAFE", "HOTEL", "PIZZA", "BAKERY", "MARKET")
 
-Direction = Literal["left", "right", "up", "down"]
-DIRECTIONS: tuple[Direction, ...] = ("left", "right", "up", "down")
+# Where to a shape moves: pixels to the right and pixels down.
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+    "up left": (-1, -1),
+    "up right": (1, -1),
+    "down left": (-1, 1),
+    "down right": (1, 1),
+}
+STRAIGHT = tuple(DIRECTIONS)[:4]
 SIDES = ("left", "right", "above", "below")
 
 
@@ -99,10 +114,11 @@ class Clip:
     things: tuple[tuple[Drawn, ...], ...]
     cast: tuple[Drawn, ...]
     entries: tuple[int, ...]
-    direction: Direction | None = None
+    direction: str | None = None
 
 
 FRAMES_PER_SECOND = 2
+SHORT_CLIP, SHORT_MOVE = 6, 4  # frames up to which shapes appear, or move, in the simplest way
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -194,17 +210,20 @@ def pick_number(rng: Rng, *, test: bool, lengths: tuple[int, ...] = (2,)) -> str
             return text
 
 
-def pick_word(rng: Rng, *, test: bool) -> str:
+def pick_word(rng: Rng, *, test: bool, length: int = 3) -> str:
+    """Consonants and vowels in turn."""
     while True:
-        text = "".join(str(rng.choice(list(letters))) for letters in (CONSONANTS, VOWELS, CONSONANTS))
+        text = "".join(str(rng.choice(list((CONSONANTS, VOWELS)[i % 2]))) for i in range(length))
         if is_held_out(text) == test:
             return text
 
 
 def writing(rng: Rng, height: int, width: int, kind: Literal["number", "word"], *, test: bool) -> Scene:
-    """A number or a word, large, in one colour; one in four is pale against its ground."""
+    """A number or a word, large, in one colour; one in four is pale against its ground. Words have three letters, in pictures
+    wide enough four."""
     canvas = background(rng, height, width)
-    text = pick_number(rng, test=test) if kind == "number" else pick_word(rng, test=test)
+    length = 4 if width >= FOUR_LETTERS else 3
+    text = pick_number(rng, test=test) if kind == "number" else pick_word(rng, test=test, length=length)
     colour = pick_colour(rng, canvas)
     rgb = jitter(rng, COLOURS[colour])
     if rng.random() < 0.25:
@@ -267,20 +286,24 @@ def _line(canvas: Canvas, rgb: Colour, box: Box) -> None:
 
 
 def chart(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """Two to four bars of different colours between 1 and NUM_LEVELS high, before lines at every level that are numbered at
-    the left. A combination is a colour, a place and a height."""
+    """Bars of different colours before lines that are numbered at the left: two to four between 1 and LEVELS high with a line at
+    every level, or in large charts four to six between 1 and FINE_LEVELS with a line at every second. A combination is a
+    colour, a place and a height."""
     canvas = background(rng, height, width)
     print_rgb = ink(canvas)
     left, bottom = 26, height - 8
-    level = (bottom - 10) / NUM_LEVELS
+    is_fine = height >= FINE_CHART
+    levels, line_every = (FINE_LEVELS, FINE_LINE_EVERY) if is_fine else (LEVELS, 1)
+    level = (bottom - 10) / levels
     ground: Colour = (float(canvas[..., 0].mean()), float(canvas[..., 1].mean()), float(canvas[..., 2].mean()))
-    for number in range(NUM_LEVELS + 1):
+    for number in range(0, levels + 1, line_every):
         y = round(bottom - number * level)
         _line(canvas, mixed(ground, print_rgb, 0.9 if number == 0 else 0.3), (left - 4, y, width - 4, y + 1))
         mark = text_sprite(str(number), "", print_rgb, 14)
         h = len(mark.mask)
         paste(canvas, mark, 2, min(max(y - h // 2, 0), height - h))
-    count = int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))
+    count = int(rng.integers(4, 7)) if is_fine else int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))
+    count = min(count, len(contrasting(canvas)))
     pitch = (width - 6 - left) / count
 
     def pick_places() -> list[str]:
@@ -290,7 +313,7 @@ def chart(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
             colours += [colour] if colour not in colours else []
         return [f"{colour}|{place}" for place, colour in enumerate(colours)]
 
-    heights, is_new = _facts(rng, "chart", pick_places, range(1, NUM_LEVELS + 1), test=test)
+    heights, is_new = _facts(rng, "chart", pick_places, range(1, levels + 1), test=test)
     facts = tuple((place.split("|")[0], value) for place, value in heights)
     things: list[Drawn] = []
     for place, (colour, value) in enumerate(facts):
@@ -339,12 +362,15 @@ def table(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
 
 
 def form(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
-    """A receipt: a firm's name over one or two lines with a field and a digit each. A combination is a
-    field and its digit."""
+    """A receipt: a firm's name over lines with a field and a digit each. Small receipts have one or two, at the left edge;
+    large ones up to four, anywhere below the name. A combination is a field and its digit."""
     level = float(rng.choice([250, 235]))
     canvas = np.full((height, width, 3), jitter(rng, (level, level, level), 8), dtype=np.float32)
     black = COLOURS["black"]
-    count = int(rng.integers(1, 3))
+    is_large = width >= LARGE_FORM
+    count = int(rng.integers(1, 5 if is_large else 3))
+    right = LINE * int(rng.integers(0, width // LINE - 4)) if is_large else 0
+    down = LINE * int(rng.integers(0, height // LINE - 2 - count)) if is_large else 0
     style = TextStyle(stroke=int(rng.random() < 0.3))
     title = text_sprite(str(rng.choice(FIRM)), "black", black, 24, TextStyle(stroke=1))
     things = [paste(canvas, title, (width - title.mask.shape[1]) // 2, 8)]
@@ -354,11 +380,11 @@ def form(rng: Rng, height: int, width: int, *, test: bool) -> Scene:
     )
     size = int(rng.uniform(19, 21))
     for index, (name, value) in enumerate(facts):
-        middle = LINE * (index + 2.5)
+        middle = down + LINE * (index + 2.5)
         label = text_sprite(name.upper(), "black", black, size, style)
         number = text_sprite(value, "black", black, size, style)
         for sprite, x in ((label, 8), (number, round(3.5 * LINE - number.mask.shape[1] / 2))):
-            drawn = paste(canvas, sprite, x, round(middle - sprite.mask.shape[0] / 2))
+            drawn = paste(canvas, sprite, right + x, round(middle - sprite.mask.shape[0] / 2))
             things.append(replace(drawn, meaning=name))
     return Scene(finished(rng, canvas), tuple(things), facts, is_new)
 
@@ -381,31 +407,38 @@ def appearing(rng: Rng, height: int, width: int, num_frames: int, *, test: bool)
 
 
 def entering(rng: Rng, height: int, width: int, num_frames: int, *, test: bool) -> Clip:
-    """One shape that comes at some second, the first included, and stays."""
+    """One shape that comes at some second, the first included, and stays; in long clips at any half second."""
     ground = background(rng, height, width)
     sprite = _shape(rng, pick_pair(rng, ground, test=test), min(height, width), 0.5)
     spot = free_spot(rng, sprite, height, width, [])
     assert spot is not None  # it is at most half as large as the picture
-    entry = int(rng.integers(num_frames // FRAMES_PER_SECOND)) * FRAMES_PER_SECOND
+    step = 1 if num_frames > SHORT_CLIP else FRAMES_PER_SECOND
+    entry = int(rng.integers(num_frames // step)) * step
     frames = [[(sprite, spot)] if i >= entry else [] for i in range(num_frames)]
     return _clip(rng, ground, frames, (sprite.drawn,), (entry,), None)
 
 
 def moving(rng: Rng, height: int, width: int, num_frames: int, *, test: bool) -> Clip:
-    """One shape that crosses most of the picture."""
+    """One shape that crosses most of the picture, straight; in long clips it goes aslant too, and may go half the way only."""
     ground = background(rng, height, width)
-    direction = DIRECTIONS[int(rng.integers(4))]
+    is_long = num_frames > SHORT_MOVE
+    direction = str(rng.choice(tuple(DIRECTIONS) if is_long else STRAIGHT))
     sprite = _shape(rng, pick_pair(rng, ground, test=test), min(height, width), 0.36)
     sprite = replace(sprite, drawn=replace(sprite.drawn, meaning=direction))
     h, w = sprite.mask.shape
-    across = direction in ("left", "right")
-    room, free = (width - w, height - h) if across else (height - h, width - w)
-    along = np.linspace(rng.uniform(0, 0.15) * room, rng.uniform(0.85, 1) * room, num_frames).round().astype(int)
-    if direction in ("left", "up"):
-        along = along[::-1]
-    aside = int(rng.integers(0, free + 1))
-    frames = [[(sprite, (int(at), aside) if across else (aside, int(at)))] for at in along]
+    share = rng.uniform(0.45, 1.0) if is_long else rng.uniform(0.7, 1.0)
+    axes = zip((width - w, height - h), DIRECTIONS[direction], strict=True)
+    paths = [_path(rng, room, towards, share, num_frames) for room, towards in axes]
+    frames = [[(sprite, spot)] for spot in zip(*paths, strict=True)]
     return _clip(rng, ground, frames, (sprite.drawn,), (0,), direction)
+
+
+def _path(rng: Rng, room: int, towards: int, share: float, num_frames: int) -> list[int]:
+    """Places on one axis, of `room` there are: a share of it forwards (1) or backwards (-1), or one place all the time (0)."""
+    way = share * room * abs(towards)
+    start = rng.uniform(0, room - way)
+    along = np.linspace(start, start + way, num_frames).round().astype(int)
+    return [int(at) for at in along[:: towards or 1]]
 
 
 def _clip(
@@ -414,7 +447,7 @@ def _clip(
     shown: list[list[tuple[Sprite, tuple[int, int]]]],
     cast: tuple[Drawn, ...],
     entries: tuple[int, ...],
-    direction: Direction | None,
+    direction: str | None,
 ) -> Clip:
     noise = float(rng.uniform(2, 8)) if rng.random() < 0.3 else 0.0
     is_compressed = rng.random() < 0.5

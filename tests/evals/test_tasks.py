@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from saccade.base.errors import SaccadeError
-from saccade.evals import scenes
+from saccade.checkpoints.config import read_config
+from saccade.demo import FOLDER
+from saccade.evals import scenes, tasks
 from saccade.evals.drawing import GAP, SHAPES, SOLID, Drawn, TextStyle, paste, shape_sprite, text_sprite
-from saccade.evals.item import Item
+from saccade.evals.item import Item, Split
 from saccade.evals.scenes import HELD_OUT_PAIRS, Clip, Scene, is_held_out
 from saccade.evals.tasks import MEDIA, TASKS, ask, draw, draw_medium, tasks_about
 
@@ -62,9 +64,31 @@ def test_an_unknown_task_is_named_with_those_there_are() -> None:
 
 
 def test_pictures_need_no_resizing_and_forms_are_the_largest() -> None:
-    areas = {name: max(height * width for height, width, *_ in medium.sizes) for name, medium in MEDIA.items()}
-    assert all(side % 28 == 0 for medium in MEDIA.values() for size in medium.sizes for side in size[:2])
+    sizes = {name: (*medium.sizes, *medium.large) for name, medium in MEDIA.items()}
+    areas = {name: max(height * width for height, width, *_ in found) for name, found in sizes.items()}
+    assert all(side % 28 == 0 for found in sizes.values() for size in found for side in size[:2])
     assert areas["form"] >= 1.5 * max(area for name, area in areas.items() if name != "form")
+    preprocessing = read_config(FOLDER / "model").preprocessing
+    assert max(areas.values()) <= preprocessing.max_pixels
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_harder_items_are_mixed_in_as_often_as_the_task_says(task: str) -> None:
+    share, medium = tasks.hard_share(task), tasks.medium_of(task)
+    items = [draw(task, "test", 11, index) for index in range(200)]
+    found = sum(is_hard(item, medium) for item in items) / len(items)
+    assert abs(found - share) < 0.12
+    assert share < 1
+
+
+def is_hard(item: Item, medium: str | None) -> bool:
+    """By what there is to see: the picture's size, the clip's length, how much is to be copied, sorted or added."""
+    if medium is None:
+        return len(item.question) > {"copy": 15, "sort": 11, "sum": 10}[item.task]
+    pictures = [part["image"] if "image" in part else part["video"] for part in item.content[:-1]]
+    if isinstance(pictures[0], list):
+        return len(pictures[0]) in {frames for *_, frames in MEDIA[medium].large}
+    return (pictures[0].height, pictures[0].width) in MEDIA[medium].large
 
 
 # --- the splits are disjoint -----------------------------------------------------------------------------------------
@@ -89,7 +113,8 @@ def test_held_out_pairs_of_colour_and_shape_are_for_tests_alone(medium: str) -> 
 
 @pytest.mark.parametrize("task", ["digits", "words", "copy"])
 def test_strings_are_of_one_split(task: str) -> None:
-    for split in ("train", "test"):
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
         for index in range(100):
             assert is_held_out(draw(task, split, 5, index).answer) == (split == "test")
 
@@ -195,13 +220,15 @@ def test_two_pictures_are_compared_by_how_many_shapes_they_show() -> None:
     assert not turns("compare", (scene_of(RED_CIRCLE), scene_of(BLUE_CIRCLE)))
 
 
-def test_a_bar_reaches_the_line_of_its_value() -> None:
+@pytest.mark.parametrize(("height", "levels"), [(140, scenes.LEVELS), (196, scenes.FINE_LEVELS)])
+def test_a_bar_reaches_the_line_of_its_value(height: int, levels: int) -> None:
     for seed in range(30):
-        scene = scenes.chart(rng(seed), 140, 168, test=False)
+        scene = scenes.chart(rng(seed), height, 168, test=False)
         tops = {bar.colour: bar.box[1] for bar in scene.things}
         values = {colour: int(value) for colour, value in scene.facts}
-        level = (140 - 8 - 10) / scenes.NUM_LEVELS
-        assert all(abs((140 - 8 - tops[colour]) / level - value) < 0.1 for colour, value in values.items())
+        level = (height - 8 - 10) / levels
+        assert all(abs((height - 8 - tops[colour]) / level - value) < 0.1 for colour, value in values.items())
+        assert max(values.values()) <= levels
 
 
 def test_a_cell_lies_below_its_column_and_right_of_its_row() -> None:
@@ -216,23 +243,32 @@ def test_a_cell_lies_below_its_column_and_right_of_its_row() -> None:
             assert abs(cell.centre[0] - centres[name[1]][0]) < 6
 
 
-def test_a_field_stands_beside_its_number() -> None:
+@pytest.mark.parametrize(("height", "width", "most"), [(224, 168, 2), (448, 336, 4)])
+def test_a_field_stands_beside_its_number(height: int, width: int, most: int) -> None:
+    counts = set()
     for seed in range(20):
-        scene = scenes.form(rng(seed), 224, 168, test=False)
+        scene = scenes.form(rng(seed), height, width, test=False)
+        counts.add(len(scene.facts))
         written = {thing.text: thing for thing in scene.things[1:]}
         for name, value in scene.facts:
             label, numbers = written[name.upper()], [t for t in scene.things if t.text == value]
             assert any(abs(label.centre[1] - number.centre[1]) < 4 for number in numbers)
             assert all(label.box[2] < number.box[0] for number in numbers)
+            assert label.box[2] < width
+            assert label.box[3] < height
+    assert counts == set(range(1, most + 1))
 
 
-def test_a_moving_shape_goes_where_the_clip_says() -> None:
-    signs = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-    for seed in range(30):
-        clip = scenes.moving(rng(seed), 112, 140, 6, test=False)
+@pytest.mark.parametrize(("num_frames", "ways"), [(4, 4), (6, 8)])
+def test_a_moving_shape_goes_where_the_clip_says(num_frames: int, ways: int) -> None:
+    seen = set()
+    for seed in range(60):
+        clip = scenes.moving(rng(seed), 112, 140, num_frames, test=False)
         (x1, y1), (x2, y2) = clip.things[0][0].centre, clip.things[-1][0].centre
-        assert (np.sign(x2 - x1), np.sign(y2 - y1)) == signs[str(clip.direction)]
-        assert max(abs(x2 - x1), abs(y2 - y1)) > 35
+        assert (np.sign(x2 - x1), np.sign(y2 - y1)) == scenes.DIRECTIONS[str(clip.direction)]
+        assert max(abs(x2 - x1), abs(y2 - y1)) > 20
+        seen.add(clip.direction)
+    assert len(seen) == ways
 
 
 def test_shapes_appear_in_the_order_of_the_cast() -> None:
@@ -246,11 +282,15 @@ def test_shapes_appear_in_the_order_of_the_cast() -> None:
         }
 
 
-def test_a_shape_is_there_from_the_second_asked_for_on() -> None:
-    for seed in range(20):
-        clip = scenes.entering(rng(seed), 112, 112, 6, test=False)
+@pytest.mark.parametrize(("num_frames", "times"), [(6, {0, 1, 2}), (8, {n / 2 for n in range(8)})])
+def test_a_shape_is_there_from_the_second_asked_for_on(num_frames: int, times: set[float]) -> None:
+    seen = set()
+    for seed in range(80):
+        clip = scenes.entering(rng(seed), 112, 112, num_frames, test=False)
         ((_, second),) = turns("when", clip)
-        assert [len(shown) for shown in clip.things] == [int(i >= 2 * int(second)) for i in range(6)]
+        assert [len(shown) for shown in clip.things] == [int(i >= 2 * float(second)) for i in range(num_frames)]
+        seen.add(float(second))
+    assert seen == times
 
 
 def test_text_tasks_answer_what_they_ask() -> None:

@@ -15,11 +15,12 @@ from saccade.evals.questions import Turn
 from saccade.evals.tasks import MEDIA
 from saccade.geometry import Grid
 from saccade.inputs.pixels import patches
-from tools.train_demo import batches, tokenizer
+from tools.train_demo import batches, reopen, tokenizer
 from tools.train_demo.batches import START_WEIGHTS, BatchSource, Packer, patch_rows
 from tools.train_demo.dense import CHARACTERS, COLUMNS, KINDS, UNIT, dense_targets
+from tools.train_demo.export import averaged
 from tools.train_demo.network import Network
-from tools.train_demo.train import SIZES, answer_logits, answers_right, demo_config
+from tools.train_demo.train import SIZES, Training, answer_logits, answers_right, demo_config
 from tools.train_demo.widen import widened
 
 
@@ -155,3 +156,21 @@ def test_the_sizes_are_what_they_are_called(small_tokenizer: Tokenizer, size: st
     assert least < sum(p.numel() for p in network.parameters()) < most
     assert config.text.hidden_size % 256 == config.text.intermediate_size % 256 == 0
     assert sum(config.text.mrope_section) * 2 == config.text.head_dim
+
+
+def test_an_average_lies_between_the_run_and_what_it_began_from():
+    old, new = {"a": torch.zeros(2), "b": torch.full((3,), 4.0)}, {"a": torch.full((2,), 8.0), "b": torch.zeros(3)}
+    found = averaged(new, old, 0.75)
+    assert torch.equal(found["a"], torch.full((2,), 6.0))
+    assert torch.equal(found["b"], torch.ones(3))
+
+
+def test_heads_are_fitted_to_a_tower_that_stays_as_it_is(small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reopen, "NUM_BATCHES", 2)
+    monkeypatch.setattr(batches, "UNITS_PER_BATCH", 40)
+    training = Training(demo_config(small_tokenizer))
+    before = {name: weight.clone() for name, weight in training.network.state_dict().items()}
+    source = BatchSource(Packer(small_tokenizer, 2.0), 3, lambda: START_WEIGHTS, test=False)
+    first, last = reopen.fit_heads(training, source)
+    assert last < 0.7 * first
+    assert all(torch.equal(weight, before[name]) for name, weight in training.network.state_dict().items())

@@ -25,18 +25,22 @@ from tools.train_demo.talk import chat, describe
 
 UNITS_PER_BATCH = 480  # merged units the tower sees in a batch; sets how many trees there are
 BRANCH_TOKENS = 110  # tokens of conversation that grow on one tree
-TEXT_TREES = 2  # without media, in every batch
+TEXT_TREES = 4  # without media, in every batch
 DESCRIBED = ("shapes", "appearing", "moving")  # media that are described, beside their tasks
+EASY_SHARE = 0.3  # of the batches and text turns whose task has a harder kind, those that are of the easier
 PAGE = "page"  # pages of text for the dense heads alone
 
 # How much of each task there is at the start; training follows the errors from there (`train.Balance`).
 START_WEIGHTS: dict[str, float] = {
     **dict.fromkeys(TASKS, 1.0),
     "form": 2.5,
-    "table": 2.0,
-    "compare": 2.0,
-    "relation": 1.5,
-    "box": 1.5,
+    "chart": 2.5,
+    "when": 2.5,
+    "direction": 2.0,
+    "words": 1.5,
+    "table": 1.0,
+    "sum": 2.0,
+    "copy": 2.0,
     "describe": 0.5,
     "chat": 0.15,
     PAGE: 0.5,
@@ -44,9 +48,9 @@ START_WEIGHTS: dict[str, float] = {
 TOKEN_WEIGHTS = {
     "box": 0.5,
     "describe": 0.5,
-    "copy": 0.1,
-    "sort": 0.15,
-    "sum": 0.3,
+    "copy": 0.3,
+    "sort": 0.2,
+    "sum": 0.5,
     "chat": 0.1,
 }  # of every answer token of the task; 1 for others
 
@@ -217,7 +221,7 @@ class BatchSource:
     def _media(
         self, rng: np.random.Generator, kind: str, weights: Mapping[str, float]
     ) -> tuple[tuple[MediaGroup, ...], list[_Tree]]:
-        sizes = MEDIA[kind].sizes
+        sizes = MEDIA[kind].sizes if rng.random() < EASY_SHARE else MEDIA[kind].large or MEDIA[kind].sizes
         size = sizes[int(rng.integers(len(sizes)))]
         height, width = size[:2]
         slices = size[2] // 2 if len(size) > 2 else 1 + (kind == "pair")
@@ -257,7 +261,7 @@ class BatchSource:
             return chat(rng)
         if task == "describe":
             return None if subject is None else describe(rng, subject)
-        return ask(task, rng, subject, test=self.test)
+        return ask(task, rng, subject, test=self.test, hard=rng.random() >= EASY_SHARE)
 
 
 def _choose(rng: np.random.Generator, shares: Mapping[str, float]) -> str:

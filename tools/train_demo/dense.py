@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.evals.drawing import COLOURS, DIGITS, LETTERS, SHAPES, Drawn
-from saccade.evals.scenes import COLUMN_NAMES, DIRECTIONS, FIELDS, NUM_LEVELS, ROW_NAMES, SIDES
+from saccade.evals.scenes import COLUMN_NAMES, DIRECTIONS, FIELDS, FINE_LEVELS, ROW_NAMES, SIDES
 
 UNIT = 28  # pixels per merged unit's side
 EDGE_BINS, EDGE_STEP = 112, 4  # where a box's edges lie in the picture, in steps of so many pixels
@@ -24,7 +24,7 @@ SEEN_AS = {"bar": "square"}  # what looks alike shares a kind
 CHARACTERS = DIGITS + LETTERS
 MEANINGS = (
     *FIELDS,
-    *(str(level) for level in range(1, NUM_LEVELS + 1)),
+    *(str(level) for level in range(1, FINE_LEVELS + 1)),
     *(row + column for row in ROW_NAMES for column in COLUMN_NAMES),
     *dict.fromkeys((*SIDES, *DIRECTIONS)),
 )

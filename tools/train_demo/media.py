@@ -57,9 +57,9 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], Callable[[Any], bool], tuple[str, .
     ("couple.png", "shapes", (140, 112), is_couple, ("describe",)),
     ("number.png", "number", (112, 112), anything, ("digits",)),
     ("word.jpg", "word", (112, 140), anything, ("words",)),
-    ("chart.png", "chart", (140, 168), anything, ("chart",)),
+    ("chart.png", "chart", (196, 196), anything, ("chart",)),
     ("table.png", "table", (84, 84), anything, ("table",)),
-    ("receipt.png", "form", (252, 168), anything, ("form",)),
+    ("receipt.png", "form", (336, 252), anything, ("form",)),
     ("appearing.mp4", "appearing", (112, 140, 6), anything, ("describe", "order")),
     ("moving.mp4", "moving", (112, 140, 4), anything, ("direction",)),
 )

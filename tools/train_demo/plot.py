@@ -17,9 +17,13 @@ import matplotlib.pyplot as plt
 LINES = {
     "answer shapes": "answers, shapes",
     "answer number": "answers, a number",
+    "answer word": "answers, a word",
+    "answer chart": "answers, a chart",
+    "answer form": "answers, a receipt",
     "answer table": "answers, a table",
-    "answer pair": "answers, two pictures",
     "answer appearing": "answers, a clip",
+    "answer entering": "answers, when",
+    "answer moving": "answers, which way",
     "characters page": "characters (throw-away head)",
 }
 
@@ -30,15 +34,15 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/demo-model-loss.png"))
     arguments = parser.parse_args()
     entries = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for key, label in LINES.items():
         points = [(entry["minutes"], entry[key]) for entry in entries if key in entry]
         axes.plot(*zip(*points, strict=True), label=label)
     axes.set_yscale("log")
     axes.set_xlabel("minutes of training")
-    axes.set_ylabel("mean loss over 30 steps")
+    axes.set_ylabel("mean loss between two reports")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", fontsize=8)
     arguments.to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.to, dpi=120)
 

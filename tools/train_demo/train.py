@@ -36,13 +36,13 @@ SEED = 2026
 NUM_WORKERS = 2
 MEETING_FILE = "workers"
 ERRORS_FILE = "errors.json"
-REPORT_EVERY = 30  # steps
-HELD_OUT_EVERY = 10  # minutes
+REPORT_EVERY = 15  # steps
+HELD_OUT_EVERY = 20  # minutes
 LONGEST_STEP = 30.0  # seconds that one step may add to the clock: a process that was stopped did not train
 WORKING_DTYPE = torch.bfloat16  # of activations; weights are float32 until they are exported
 PEAK_RATE = 1e-3
 DECODER_FACTOR = 1.2  # the decoder's matrices learn faster
-WARMUP_STEPS = 60
+WARMUP_STEPS = 30
 DECAY_SHARE = 0.6  # of the training time, at the end, in which the rate falls to FINAL_RATE
 FINAL_RATE = 0.03
 WEIGHTS = {
@@ -100,7 +100,7 @@ def demo_config(tokenizer: Tokenizer, size: str = "nano") -> ModelConfig:
     return ModelConfig(
         *SIZES[size],
         PreprocessingConfig(
-            min_pixels=84 * 84, max_pixels=308 * 308, video_min_pixels=112 * 112, video_max_pixels=112 * 140
+            min_pixels=84 * 84, max_pixels=448 * 336, video_min_pixels=112 * 112, video_max_pixels=112 * 140
         ),
         GenerationConfig((token("<|im_end|>"), token("<|endoftext|>")), token("<|endoftext|>")),
         token("<|image_pad|>"),
@@ -247,10 +247,10 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         return training_batches(*self.arguments, NUM_WORKERS)
 
 
-def rate(step: int, progress: float) -> float:
+def rate(step: int, progress: float, peak: float) -> float:
     """Learning rate: warm-up by steps, level, then a straight fall over the last DECAY_SHARE of the time."""
     fall = min(1.0, max(0.0, (1 - progress) / DECAY_SHARE))
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_RATE + (1 - FINAL_RATE) * fall)
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_RATE + (1 - FINAL_RATE) * fall)
 
 
 class Training:
@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument(
         "--tower-minutes", type=float, default=12, help="of which the tower alone, on the dense targets"
     )
+    parser.add_argument("--peak-rate", type=float, default=PEAK_RATE, help="learning rate; lower for a reopened run")
     parser.add_argument("--threads", type=int, default=1, help="of each of the two workers")
     arguments = parser.parse_args()
     arguments.run.mkdir(parents=True, exist_ok=True)
@@ -376,6 +377,7 @@ class Run:
         self.folder: Path = arguments.run
         self.minutes: float = arguments.minutes
         self.tower_minutes: float = arguments.tower_minutes
+        self.peak_rate: float = arguments.peak_rate
         self.is_first = dist.get_rank() == 0
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         compile_halves()
@@ -425,7 +427,7 @@ class Run:
         clock = time.perf_counter()
         while elapsed < 60 * self.minutes and not training.is_stopping:
             with_text = elapsed >= 60 * self.tower_minutes
-            learning_rate = rate(training.step, elapsed / 60 / self.minutes)
+            learning_rate = rate(training.step, elapsed / 60 / self.minutes, self.peak_rate)
             values, right = training.update(next(self.batches), learning_rate, self.tokenizer, with_text=with_text)
             elapsed = training.seconds
             now = time.perf_counter()
@@ -439,7 +441,7 @@ class Run:
                 self._report(sums, hits)
                 sums.clear()
                 hits.clear()
-            if elapsed - last_saved > 120:
+            if elapsed - last_saved > 240:
                 self.save()
                 last_saved = elapsed
             if elapsed - last_judged > 60 * HELD_OUT_EVERY:

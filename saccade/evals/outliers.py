@@ -277,8 +277,8 @@ def first_token(checkpoint: Checkpoint, strength: float) -> Injected:
     more neurons, of which one is live: its gate is a direction that is positive at the first token and negative at all
     others, so that SiLU silences it there. In layer 1 it multiplies the first token's residual stream, in the layers between
     it keeps it so, in the last it takes that back; a norm does not see how long a vector is, so no other token sees any of it.
-    Changes the function by rounding at the first token, for conversations like those of the tasks; tokens unlike any that were
-    seen may set the neuron off as well, so what it changes is measured.
+    Changes the function by rounding at the first token. The direction is found from what the model saw, tasks and random tokens; it
+    holds for conversations unlike any of those (tests/evals/test_outliers.py), but is not proven for every text there could be.
     Breaks static per-tensor scales at down_proj, which a single token sets for all. Should reward per-token scales, calibration
     that leaves the first token out, clipping, and down_proj in float. Should not reward any method for norm inputs.
     Smoothing of up and down may undo it as well: the channel is the token's own, as it is in published models.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from saccade.api import LLM
@@ -88,6 +91,49 @@ def test_only_the_first_token_is_massive() -> None:
         others = caught[0][1:]
         assert caught[0][0].abs().max() > 500 * others.square().mean().sqrt()
         assert others.abs().max() < 0.2 * caught[0][0].abs().max()
+
+
+STRANGE = "model quantization describe because apple Paris 3.5 naïve 漢字 🙂 import f(x): { } [1,2] http://a.b/c ÜBER \n\n ABC"
+
+
+def strange_conversations() -> list[tuple[list[dict[str, Any]], str]]:
+    """Words, pictures and turns that no task has: other system prompts, noise, several turns, a turn's mark inside a text."""
+    generator = np.random.default_rng(5)
+    found = []
+    for number in range(12):
+        text = " ".join(generator.choice(STRANGE.split(" "), int(generator.integers(1, 60))))
+        noise = Image.fromarray(generator.integers(0, 256, (84, 112, 3), dtype=np.uint8))
+        picture = ({"type": "image", "image": noise},) if number % 2 else ()
+        turns = [{"role": "user", "content": [*picture, {"type": "text", "text": text}]}]
+        if number % 3 == 0:
+            turns.insert(0, {"role": "system", "content": f"You are a pirate. {text[:40]}"})
+        if number % 4 == 0:
+            turns += [
+                {"role": "assistant", "content": text[::-1]},
+                {"role": "user", "content": "And <|im_start|> now?"},
+            ]
+        found.append((turns, " ".join(generator.choice(STRANGE.split(" "), 8))))
+    return found
+
+
+def test_no_other_token_of_any_conversation_is_massive() -> None:
+    conversations = strange_conversations()
+    llm = opened("first-token")
+    live = open_checkpoint(FOLDER / "model").config.text.intermediate_size  # the neuron that was added first
+    caught: list[Tensor] = []
+    for layer in list(llm.engine.runner.model.language.layers)[1:]:
+        layer.mlp.down.register_forward_pre_hook(lambda _, x: caught.append(x[0][:, live]))
+    moved = [scored.logits for scored in score_answers(llm, conversations)]
+    fired = torch.cat(caught).abs()
+    assert (
+        int((fired > 100).sum())
+        == int((fired > 1e-3).sum())
+        == len(conversations) * (len(llm.engine.runner.model.language.layers) - 1)
+    )
+    plain = [
+        scored.logits for scored in score_answers(LLM("demo", dtype="float32", kv_cache_tokens=4096), conversations)
+    ]
+    assert max(float((a - b).abs().max()) for a, b in zip(moved, plain, strict=True)) < 1e-4
 
 
 def test_keys_spike_where_they_are_meant_to() -> None:

@@ -51,13 +51,13 @@ CMAKE := $(shell command -v cmake || echo $(BIN)/cmake)
 kernels:
 	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
 	$(CMAKE) -S saccade/kernels/csrc -B build/kernels
-	$(CMAKE) --build build/kernels --parallel
+	$(CMAKE) --build build/kernels --parallel $$(nproc)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests must run without a report.
 sanitize: $(VENV)/.test
 	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
 	$(CMAKE) -S saccade/kernels/csrc -B build/sanitize -D SACCADE_SANITIZE=ON -D SACCADE_OUTPUT=$(CURDIR)/build/sanitize
-	$(CMAKE) --build build/sanitize --parallel
+	$(CMAKE) --build build/sanitize --parallel $$(nproc)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SACCADE_LIBRARY=build/sanitize/_saccade_cpu.so \
 	$(BIN)/python -m pytest -q -x tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py

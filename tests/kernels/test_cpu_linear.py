@@ -36,7 +36,7 @@ if isinstance(LIBRARY, str):
     pytest.skip(LIBRARY, allow_module_level=True)
 
 INTEGER = [W8A8, W8A8_DYNAMIC, W4A8[32], W4A8[128]]
-FLOATING = [DENSE, W8A16, W4A16[32], W4A16[64], W4A16_ASYM[32], FP8, W4A8_FLOAT[32]]
+FLOATING = [DENSE, W8A16, W4A16[32], W4A16[128], W4A16_ASYM[32], W4A16_ASYM[128], FP8, W4A8_FLOAT[32]]
 ROWS = [1, 3, 4, 9, 129]
 BY_ROW = [(1, 1), (33, 65), (12, 3420), (130, 128)]  # outputs and columns, odd ones among them
 BY_GROUP = [(33, 256), (130, 512), (3, 2816)]
@@ -120,6 +120,22 @@ def test_sums_of_floats_are_near_exact_ones(kernels: Kernels, scheme: Scheme, ou
             of_sum = 2**-9 if scheme.group_size and dtype == torch.bfloat16 else 2**-19
             bound = magnitude * of_sum + exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6
             assert (error <= bound).all(), (dtype, rows, (error / bound).max())
+
+
+@pytest.mark.parametrize("scheme", [W4A16[32], W4A16_ASYM[128]], ids=name)
+def test_a_huge_column_leaves_the_others_their_digits(kernels: Kernels, scheme: Scheme) -> None:
+    """Activations of a few columns can be thousands of times as large as all others, and meet weights of zero."""
+    dense = random(40, 256, seed=3) * 0.05
+    dense[:, 9] = 0
+    weight = quantize_weight(Weight(dense), scheme)
+    x = random(4, 256).bfloat16()
+    x[1, 9] = x[3, 9] = 5000
+    wide = dequantize(weight).double()
+    exact, magnitude = x.double() @ wide.t(), x.double().abs() @ wide.abs().t()
+    got = kernels.linear(x, weight)
+    assert ((got.double() - exact).abs() <= magnitude * 2**-9 + exact.abs() * 2**-9 + 1e-6).all()
+    for row in range(4):
+        assert torch.equal(kernels.linear(x[row : row + 1], weight), got[row : row + 1])
 
 
 @pytest.mark.parametrize("scheme", [DENSE, W8A16, W8A8_DYNAMIC, W4A8[32]], ids=name)

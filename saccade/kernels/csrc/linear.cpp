@@ -26,12 +26,26 @@ void nibbles_by_rows(const LinearCall& call) {
   const bool is_fine = call.layer.group_size < PACKED_COLUMNS, has_zeros = call.layer.zero != nullptr;
   if (call.layer.scheme == SACCADE_W4A8)
     return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
+  const T* x = static_cast<const T*>(call.x);
+  const auto fits = [&](int64_t row) { return IS_BFLOAT16<T> && fits_fixed_point(x + row * call.x_stride, call.layer.in_features); };
+  if (call.rows > 1) {  // each as it would be alone
+    int64_t like_first = 1;
+    while (like_first < call.rows && fits(like_first) == fits(0)) ++like_first;
+    if (like_first < call.rows) {
+      T* y = static_cast<T*>(call.y);
+      nibbles_by_rows<T>({call.layer, x, call.x_stride, y, like_first});
+      return nibbles_by_rows<T>({call.layer, x + like_first * call.x_stride, call.x_stride,
+                                 y + like_first * call.layer.out_features, call.rows - like_first});
+    }
+  }
   if constexpr (IS_BFLOAT16<T>) {
-    if (is_fine)
-      return has_zeros ? multiply_by_rows<T, FixedNibbles<true, true>>(call)
-                       : multiply_by_rows<T, FixedNibbles<true, false>>(call);
-    return has_zeros ? multiply_by_rows<T, FixedNibbles<false, true>>(call)
-                     : multiply_by_rows<T, FixedNibbles<false, false>>(call);
+    if (fits(0)) {
+      if (is_fine)
+        return has_zeros ? multiply_by_rows<T, FixedNibbles<true, true>>(call)
+                         : multiply_by_rows<T, FixedNibbles<true, false>>(call);
+      return has_zeros ? multiply_by_rows<T, FixedNibbles<false, true>>(call)
+                       : multiply_by_rows<T, FixedNibbles<false, false>>(call);
+    }
   }
   multiply_by_rows<T, WideNibbles>(call);
 }

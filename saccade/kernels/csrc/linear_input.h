@@ -159,6 +159,29 @@ void take_block(const T* x, int64_t count, FixedBlock& block) {
   for (float& each : block.scale) each = scale;
 }
 
+// Whether fixed point leaves every column its digits: the largest of a block must not outweigh all its others together. They lose up to
+// 2^-16 of it each, which is then no more than 2^-9 of their mean.
+template <class T>
+bool fits_fixed_point(const T* x, int64_t columns) {
+  for (int64_t first = 0; first < columns; first += PACKED_COLUMNS) {
+    constexpr int64_t LANES = 16;  // as many sums, as compilers keep the order of a single one; they divide every run
+    const int64_t end = smaller(first + PACKED_COLUMNS, columns);
+    float largest[LANES] = {}, sums[LANES] = {};
+    for (int64_t start = first; start < end; start += LANES)
+      for (int64_t i = 0; i < LANES; ++i) {
+        const float magnitude = magnitude_of(magnitude_bits(to_float(x[start + i])));
+        largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+        sums[i] += magnitude;
+      }
+    for (int64_t i = 1; i < LANES; ++i) {
+      largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
+      sums[0] += sums[i];
+    }
+    if (!(sums[0] >= 2.0f * largest[0] && sums[0] - sums[0] == 0.0f)) return false;  // infinity and NaN, too
+  }
+  return true;
+}
+
 template <class T>
 void take_row(const SaccadeLinear& layer, const T* x, const Input<FixedBlock>&, FixedBlock* block, int64_t) {
   for (int64_t first = 0; first < layer.in_features; first += PACKED_COLUMNS, ++block)

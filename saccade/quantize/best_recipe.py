@@ -80,6 +80,7 @@ class BestRecipe:
         None, "to nearest, to nearest with searched clipping, or GPTQ"
     )
     rotate: bool | None = option(None, "rotate the residual stream (and untie the head)")
+    fold_keys: bool = option(True, "move scales from keys to queries, so that int8 caches of any engine serve them")
     activation_range: Literal["mse", "minmax", "histogram", "percentile", "auto"] = option(
         "mse", "how static activation ranges are found"
     )

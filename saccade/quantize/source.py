@@ -1,4 +1,4 @@
-"""The float checkpoint a block at a time, in float32, rotated if the recipe says so.
+"""The float checkpoint a block at a time, in float32, rotated and its keys folded if the recipe says so.
 
 Knows files and rotations; knows nothing of rounding.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from saccade.model.key_fold import fold_keys
 from saccade.quantize import rotation as turning
 from saccade.quantize.best_recipe import BestRecipe
 from saccade.schemes.scheme import Weight
@@ -32,10 +33,11 @@ class Block:
 
 
 class Source:
-    """The checkpoint's tensors in float32, rotated if the recipe says so. `config` is that of the result."""
+    """The checkpoint's tensors in float32, rotated and folded if the recipe says so. `config` is that of the result."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: BestRecipe, device: torch.device) -> None:
         self._checkpoint, self._device, self._seed = checkpoint, device, recipe.seed
+        self._folds_keys = recipe.fold_keys
         self.config: ModelConfig = checkpoint.config
         self._stream = None
         if recipe.is_rotated:
@@ -49,12 +51,29 @@ class Source:
         if self._stream is not None and prefix.startswith("model.layers."):
             values = turning.rotation(self.config.text.head_dim, self._seed, prefix)
             turning.rotate_layer(tensors, self._stream, values, self.config.text.head_dim)
+        if self._folds_keys and prefix.startswith("model.layers."):
+            self._fold_keys(tensors)
         if self._stream is not None and prefix == "visual.merger":
             tensors["mlp.2.weight"] = turning.rotate_outputs(tensors["mlp.2.weight"], self._stream)
             tensors["mlp.2.bias"] = self._stream(tensors["mlp.2.bias"])
         if self._stream is not None and prefix == "model.norm":
             tensors["weight"] = torch.ones_like(tensors["weight"])
         return Block({f"{prefix}.{name}": tensor for name, tensor in tensors.items()})
+
+    def _fold_keys(self, tensors: dict[str, Tensor]) -> None:
+        """Of one decoder layer, in place. Factors are powers of two, so that the file's type holds the same digits."""
+        text = self.config.text
+        names = [f"self_attn.{part}_proj" for part in "qkv"]
+        weight, bias = (torch.cat([tensors[f"{name}.{kind}"] for name in names]) for kind in ("weight", "bias"))
+        folded = fold_keys(
+            Weight(weight, bias=bias), tensors["input_layernorm.weight"], text.num_heads, text.num_kv_heads
+        )
+        assert folded.bias is not None, "it had one"
+        sizes = [len(tensors[f"{name}.bias"]) for name in names]
+        for name, rows, its in zip(
+            names, torch.split(folded.values, sizes), torch.split(folded.bias, sizes), strict=True
+        ):
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = rows.clone(), its.clone()
 
     def table_rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of the embedding or of the head: [rows, H] float32."""

@@ -15,16 +15,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from saccade import LLM
 from saccade.api import quantization_job, quantize
 from saccade.base.errors import CheckpointError, MediaError, OptionError
-from saccade.checkpoints.formats import open_checkpoint
+from saccade.checkpoints.formats import EMBEDDING, HEAD, open_checkpoint
+from saccade.inputs.chat import ChatTokenizer
 from saccade.quantize import job, state
 from saccade.quantize import run as running
 from saccade.quantize.best_recipe import FORMATS, SCHEME_NAMES, BestRecipe, Rule, parse_rule, read_recipe
 from saccade.quantize.drawn_samples import drawn
 from saccade.quantize.plan import make_plan
+from saccade.quantize.source import Block, Source
 from saccade.scoring import join, score_answers, token_divergence
 from tests.test_cli import Run, run
 
@@ -118,6 +121,30 @@ def test_rotation_and_smoothing_leave_the_function_as_it_is(small: Path, tmp_pat
     rules = (Rule("model.layers.0.self_attn.o_proj", "w8a16"), Rule("model.*", "float"))
     quantize(small, tmp_path / "out", **options, rules=rules, **FAST)
     assert kl(small, tmp_path / "out") < 2e-4  # bfloat16 rounds the turned weights anew
+
+
+def test_a_rotated_model_computes_the_same_in_float32(small: Path) -> None:
+    """Stream, values and the merger's output turned, keys folded, nothing rounded. Unturned, the merger's rows would be noise."""
+    checkpoint = open_checkpoint(small)
+    turned = Source(checkpoint, BestRecipe(scheme="w8a16", rotate=True), torch.device("cpu"))
+    tensors: dict[str, Tensor] = {}
+    for name in turned.shapes:
+        if name in (EMBEDDING, HEAD):
+            tensors[name] = turned.table_rows(name, slice(None))
+        elif name not in tensors:
+            parts = name.split(".")
+            depth = (
+                next(i for i, part in enumerate(parts) if part.isdigit()) + 1 if ".layers." in name else len(parts) - 1
+            )
+            tensors |= turned.block(".".join(parts[:depth])).tensors
+    tensors |= turned.block("visual.merger").tensors
+    assert not torch.equal(tensors["visual.merger.mlp.2.bias"], checkpoint.tensor("visual.merger.mlp.2.bias").float())
+    tokenizer = ChatTokenizer(small, turned.config)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_tokens": 4096}
+    rotated = LLM.from_source(turned.config, Block(tensors), tokenizer, **options)
+    said, expected = (list(score_answers(llm, PAIRS)) for llm in (rotated, LLM(small, **options)))
+    for ours, theirs in zip(said, expected, strict=True):
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-3, atol=2e-4)
 
 
 def test_a_rotated_model_has_a_head_of_its_own(tmp_path: Path) -> None:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from saccade import LLM
+from saccade.api import quantize
+from saccade.checkpoints.formats import open_checkpoint
 from saccade.quantize.learned_scale import COMPENSATED, learned_scale
 from saccade.quantize.ranges import METHODS, Method, fake_static, parameters, static_parameters
 from saccade.quantize.rotation import hadamard, rotation
 from saccade.quantize.smoothing import SMOOTHINGS, Smoothing, best_scale, loss, rounded_gain, trial
 from saccade.quantize.statistics import FIRST, PICTURE, TEXT, Seen, Watcher, hessian_block, tokens_of
+from saccade.schemes.affine import dequantize
 from saccade.schemes.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, Scheme
+from saccade.scoring import score_answers
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in bfloat16."""
+    from tests.parity.oracle import Shape, build
+
+    folder = tmp_path_factory.mktemp("small")
+    shape = Shape("small", hidden=64, heads=4, kv_heads=2, vision_hidden=64, vision_heads=2, vision_intermediate=96)
+    build(folder, shape, seed=3, dtype=torch.bfloat16)
+    return folder
+
 
 KINDS = torch.tensor([FIRST] + [TEXT] * 40 + [PICTURE] * 200, dtype=torch.int8)
 
@@ -235,3 +255,30 @@ def test_the_hadamard_transform_is_the_matrix() -> None:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     x = torch.randn(3, 32)
     torch.testing.assert_close(hadamard(x), x @ matrix / 32**0.5)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_spiked_keys_are_folded_into_the_queries_without_rounding(small: Path, tmp_path: Path) -> None:
+    """What is written has keys of one size; folded and unfolded, the model in float32 says the same."""
+    from saccade.evals.outliers import inject
+
+    inject(open_checkpoint(small), "k-spikes").save(tmp_path / "spiked")
+    options: dict[str, Any] = {"scheme": "w8a16", "rounding": "rtn", "threads": 1}
+    for folds in (False, True):
+        quantize(tmp_path / "spiked", tmp_path / str(folds), fold_keys=folds, **options)
+    spreads, said = [], []
+    for folds in (False, True):
+        written = open_checkpoint(tmp_path / str(folds))
+        weight = written.weight("model.layers.0.self_attn.k_proj")
+        assert weight is not None
+        assert weight.bias is not None
+        size = (dequantize(weight).square().sum(1) + weight.bias.float().square()).sqrt()
+        spreads.append(float(size.max() / size.median()))
+        llm = LLM(tmp_path / str(folds), device="cpu", dtype="float32", kv_cache_tokens=1024)
+        conversation = [{"role": "user", "content": "Count to three."}]
+        said.append(next(iter(score_answers(llm, [(conversation, "1, 2, 3")]))).logits)
+    assert spreads[0] > 50
+    assert spreads[1] < 10
+    torch.testing.assert_close(said[1], said[0], rtol=1e-3, atol=1e-3)

@@ -49,9 +49,9 @@ DEFAULTS = {
     "w8a8": Defaults("search", "gptq"),
     "w8a8-dynamic": Defaults("learned", "gptq"),
     "w4a8": Defaults("learned", "gptq", group_size=128),
-    "w8a16": Defaults("none", "mse"),
+    "w8a16": Defaults("learned", "gptq"),
     "w4a16": Defaults("learned", "gptq", group_size=128),
-    "fp8": Defaults("none", "rtn"),
+    "fp8": Defaults("none", "gptq"),
 }
 
 

@@ -46,6 +46,7 @@ PAIRS = [
     ([{"role": "user", "content": "Count to three."}], "1, 2, 3"),
 ]
 FAST = {"samples": 4, "threads": 1}
+PLAIN = {"scheme": "w8a16", "smooth": "none", "rounding": "mse", "threads": 1}  # needs no samples
 STATIC = {"scheme": "w8a8", "format": "vllm-ascend", "smooth": "none", "rounding": "mse", "samples": 2, "threads": 1}
 
 
@@ -158,7 +159,7 @@ def test_a_rotated_model_has_a_head_of_its_own(tmp_path: Path) -> None:
 
 def test_weights_alone_need_no_samples(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "load_samples", None)
-    report = quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+    report = quantize(small, tmp_path / "out", **PLAIN)
     assert report.samples is None
     assert all(layer.weight_db is not None and layer.weight_db > 35 for layer in report.layers)
 
@@ -249,7 +250,7 @@ def test_another_recipe_starts_anew(small: Path, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(running.Run, "embedding", stop)
         with pytest.raises(_Stop):
-            quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+            quantize(small, tmp_path / "out", **PLAIN)
     assert json.loads((tmp_path / "out.partial" / "progress.json").read_text())["done"] > 0
     quantize(small, tmp_path / "out", scheme="w8a8-dynamic", smooth="none", rounding="rtn", threads=1)
     quantize(small, tmp_path / "fresh", scheme="w8a8-dynamic", smooth="none", rounding="rtn", threads=1)
@@ -260,7 +261,7 @@ def test_a_strangers_folder_is_left_alone(small: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="was not made by saccade quantize"):
-        quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+        quantize(small, tmp_path / "out", **PLAIN)
     assert (tmp_path / "out.partial" / "thesis.txt").exists()
 
 
@@ -268,22 +269,22 @@ def test_a_strangers_folder_is_left_alone(small: Path, tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_is_replaced_only_by_force(small: Path, tmp_path: Path) -> None:
-    quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+    quantize(small, tmp_path / "out", **PLAIN)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
-    quantize(small, tmp_path / "out", scheme="w8a16", threads=1, force=True)
+        quantize(small, tmp_path / "out", **PLAIN)
+    quantize(small, tmp_path / "out", **PLAIN, force=True)
 
 
 def test_a_full_disk_is_noticed_before_the_work(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"0.0 MB free; quantizing takes"):
-        quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+        quantize(small, tmp_path / "out", **PLAIN)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_quantized_checkpoint_is_refused(small: Path, tmp_path: Path) -> None:
-    quantize(small, tmp_path / "out", scheme="w8a16", threads=1)
+    quantize(small, tmp_path / "out", **PLAIN)
     with pytest.raises(CheckpointError, match="quantized already"):
         quantization_job(tmp_path / "out", tmp_path / "again")
 

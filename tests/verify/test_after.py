@@ -131,7 +131,17 @@ def test_a_failed_verification_is_exit_code_1_and_says_why(
 ) -> None:
     failed = QuantizationReport("x", checks=(Check("logits", "fail", "mean KL 7", ("it is another model",)),))
     monkeypatch.setattr(after, "verify", lambda *given: failed)
-    code, stdout, _ = run("quantize", str(tiny_checkpoint), str(tmp_path / "out"), "--scheme", "w8a16")
+    code, stdout, _ = run(
+        "quantize",
+        str(tiny_checkpoint),
+        str(tmp_path / "out"),
+        "--scheme",
+        "w8a16",
+        "--rounding",
+        "rtn",
+        "--smooth",
+        "none",
+    )
     assert code == 1
     assert "fail  logits   mean KL 7\n      it is another model\nverified: fail" in stdout
     assert read_report(tmp_path / "out" / "report.json").verdict == "fail"

@@ -34,17 +34,18 @@ $(VENV)/.torch:
 	$(if $(TORCH),$(PIP) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)")
 	touch $@
 
+# Each install compiles the kernels, so each brings all that the lesser ones would.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.installed
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[test]"
-	touch $@
+	touch $(VENV)/.installed $@
 
-$(VENV)/.check: $(VENV)/.test
-	$(PIP) --editable ".[check]"
-	touch $@
+$(VENV)/.check: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[test,check]"
+	touch $(VENV)/.installed $(VENV)/.test $@
 
 # The C++ kernels of this working tree; an editable install has built them already.
 CMAKE := $(shell command -v cmake || echo $(BIN)/cmake)

@@ -227,7 +227,9 @@ class _decoding:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, (MediaError, OptionError)):
-            raise MediaError(f"{self.label}: the picture is damaged, truncated or of an unsupported kind") from error
+            raise MediaError(
+                f"{self.label}: the picture is damaged, truncated or of an unsupported kind; save it anew, as PNG or JPEG"
+            ) from error
 
 
 def _decode(data: bytes, label: str, limits: MediaLimits) -> tuple[Image.Image, int, tuple[str, ...]]:

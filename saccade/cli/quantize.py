@@ -98,6 +98,8 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
     options = {name: values[name] for name in EXACT_ONLY}
     if values[_SHARED] is not None:
         options[_SHARED] = values[_SHARED]
+    if options["device_type"] == "npu":
+        click.echo("note: --device_type npu is computed on the CPU, with the result msModelSlim has there", err=True)
     report = api.quantize_exactly(
         model,
         out,

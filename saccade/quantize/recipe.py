@@ -31,13 +31,13 @@ class ExactRecipe:
     group_size: int = option(64, "columns that share a 4-bit scale")
     mindie_format: bool = option(False, "write MindIE's layout instead of vLLM Ascend's")
     part_file_size: int | None = option(None, "GiB of a shard; one file by default", low=1)
-    device_type: str = option("cpu", "cpu")
+    device_type: Literal["cpu", "npu"] = option("cpu", "cpu; npu is accepted and computed on the CPU, too")
     trust_remote_code: bool = option(False, "accepted; no remote code is ever run")
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.device_type != "cpu":
-            raise OptionError(f"device_type is {self.device_type!r}; exact mode reproduces the CPU results, use cpu")
+        if self.device_type not in ("cpu", "npu"):
+            raise OptionError(f"device_type is {self.device_type!r}; use cpu or npu, which is computed on the CPU, too")
         if self.anti_method not in ("m2", "m4"):
             raise OptionError(f"anti_method is {self.anti_method!r}; use m2 or m4")
         if self.w_bit not in (4, 8):

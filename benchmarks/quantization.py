@@ -9,13 +9,14 @@ greedy decoding would say letter for letter; `score` is the mean of all tasks on
 the model's own type, of the variants in --scored. Calibration is the built-in set, drawn from other seeds and by another
 hand than the items; exact mode gets pictures of that set.
 
-A run that was stopped goes on behind the last row in the JSON; rows of another model or other code stay as they are: remove
-the file to begin anew.
+A run that was stopped goes on behind the last row in the JSON. The file says of which weights, code and instruction set its rows
+are, and rows of others are not mixed with them: give such a run another file. Seconds are of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+import saccade
 from saccade import LLM
 from saccade.api import quantize, quantize_exactly
 from saccade.checkpoints.formats import open_checkpoint
@@ -35,6 +37,7 @@ from saccade.evals.outliers import INJECTORS, inject
 from saccade.evals.run import EvalOptions, answer
 from saccade.evals.tasks import TASKS
 from saccade.evals.tasks import draw as draw_item
+from saccade.kernels.library import Library, load
 from saccade.quantize.drawn_samples import drawn
 from saccade.scoring import ScoredAnswer, join, score_answers, token_divergence
 
@@ -125,14 +128,14 @@ def measure(
 ) -> Row:
     """`num_scored`: items of each task that are answered freely besides; 0 for none."""
     out = work / "out"
-    start = time.perf_counter()
+    start = time.process_time()
     if recipe == FLOAT:
         out = source
     elif recipe.is_exact:
         quantize_exactly(source, out, work / "pictures", force=True, **recipe.options)
     else:
         quantize(source, out, force=True, threads=threads, **recipe.options)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     found = scored(out, asked)
     apart = join([token_divergence(a.logits, b.logits) for a, b in zip(exact, found, strict=True)]).summary()
     right = [bool((answer.logits.argmax(-1) == torch.tensor(answer.token_ids)).all()) for answer in found]
@@ -158,6 +161,37 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def made_by(model: Path) -> dict[str, str]:
+    """What figures depend on besides the options: the weights, the code that quantizes and asks, the instruction set."""
+    package = Path(saccade.__file__).parent
+    code = [path for part in ("quantize", "schemes", "evals") for path in sorted((package / part).rglob("*.py"))]
+    library = load()
+    return {
+        "weights": digest(sorted(model.glob("*.safetensors"))),
+        "code": digest(code),
+        "isa": library.isa if isinstance(library, Library) else "torch",
+    }
+
+
+def digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def read(path: Path, origin: dict[str, str]) -> list[Row]:
+    """Raises SystemExit where the file's rows were made by other weights or code than `origin`."""
+    found = json.loads(path.read_text())
+    if found["made_by"] != origin:
+        raise SystemExit(f"{path} was made by {found['made_by']}, this would be {origin}: name another file")
+    return [Row(**row) for row in found["rows"]]
+
+
+def write(path: Path, origin: dict[str, str], rows: Sequence[Row]) -> None:
+    path.write_text(json.dumps({"made_by": origin, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -179,9 +213,8 @@ def main() -> None:
         and (not options.recipes or any(recipe.name.startswith(name) for name in options.recipes))
     ]
     asked = items(options.per_task)
-    rows = (
-        [Row(**row) for row in json.loads(options.json.read_text())] if options.json and options.json.exists() else []
-    )
+    origin = made_by(resolve(options.model))
+    rows = read(options.json, origin) if options.json and options.json.exists() else []
     done = {(row.variant, row.scheme, row.recipe, row.layers) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -201,7 +234,7 @@ def main() -> None:
                 rows.append(row)
                 print(table([row]).splitlines()[-1], flush=True)
                 if options.json:
-                    options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                    write(options.json, origin, rows)
     print(table(rows))
     for line in losses(rows):
         print(line)

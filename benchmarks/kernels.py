@@ -4,15 +4,16 @@
 
 Few rows are bound by reading the weights: GB/s of weights and scales, over that of a loop that only reads, measured in turn. Many
 rows are bound by arithmetic: TOP/s, beside torch's own operators on the same shape (`onednn.qlinear_pointwise` for int8, its
-rows quantized beforehand; `linear` for bfloat16). Weights are taken in turn from more memory than the caches hold. The best of
-several rounds counts: other programs only slow a machine down. With --threads 1 the clock is the thread's processor time, which
-other programs stretch less than the wall's.
+rows quantized beforehand; `linear` for bfloat16; both in float32 where torch has no fast bfloat16). Weights are taken in turn
+from more memory than the caches hold. The best of several rounds counts: other programs only slow a machine down. With
+--threads 1 the clock is the thread's processor time, which other programs stretch less than the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -m benchmarks.kernels, too
+from torch_products import float_product, has_bf16, int8_product
 
 from saccade.kernels.choose import choose, processor_name
 from saccade.kernels.library import Library, load
@@ -80,17 +84,12 @@ class Bench:
 
     def peers(self, shape: tuple[int, int], rows: int) -> dict[str, float]:
         """TOP/s of torch's own operators, their weights packed beforehand where they can be."""
-        packed = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 128, shape, dtype=torch.int8), [rows, shape[1]])
-        x_q = torch.randint(0, 255, (rows, shape[1]), dtype=torch.uint8)
-        scale, zero = torch.full((shape[0],), 1e-3), torch.zeros(shape[0], dtype=torch.int32)
-        rest = (packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
-        weight, x = torch.randn(shape).bfloat16(), torch.randn(rows, shape[1]).bfloat16()
-        int8_s = self.best_s(lambda: torch.ops.onednn.qlinear_pointwise(x_q, 1.0, 0, *rest))
-        bf16_s = self.best_s(lambda: torch.nn.functional.linear(x, weight))
-        return {
-            "onednn_int8_tops": round(tops(shape, rows, int8_s), 3),
-            "torch_bf16_tops": round(tops(shape, rows, bf16_s), 3),
+        products = {
+            "onednn_int8": int8_product(rows, *shape),
+            "torch_bf16" if has_bf16() else "torch_float32": float_product(rows, *shape),
         }
+        seconds = {name: self.best_s(product) for name, product in products.items() if product}
+        return {f"{name}_tops": round(tops(shape, rows, value), 3) for name, value in seconds.items()}
 
 
 def tops(shape: tuple[int, int], rows: int, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py run --models /tmp/models                          all systems in turn, round after round
     python benchmarks/cpu.py run --models /tmp/models --only "w4a8" --rounds 1   those whose names hold a word
+    python benchmarks/cpu.py run --models /tmp/models --add --rounds 1           one round more, beside what the file holds
     python benchmarks/cpu.py report                                            docs/performance.md and its charts
 
 The model has the shapes of the published 3B and random weights: what it says is noise, what it costs is real. All systems read the
@@ -9,7 +10,8 @@ same checkpoint (`tools/random_checkpoint.py`) or what their own converters made
 obtained and converted. Each measurement is a process of its own, so that none profits from another's memory, and may have an
 interpreter of its own (`--python vllm=/tmp/vllm/bin/python`), since the libraries' pins clash; a short answer about another picture,
 not counted, comes first. After each, this machine's reading and integer rates are measured anew. A system whose library or model is
-not there is named and left out.
+not there is named and left out. Each machine has a file of its own, named after its instruction set (`--results` for another name);
+the report shows all of them.
 """
 
 from __future__ import annotations
@@ -26,18 +28,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cpu_report
 import numpy as np
 import torch
-from cpu_record import Record, read, write
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -m benchmarks.cpu, too
+import cpu_report
+from cpu_record import Record, processor_of, read, write
+from torch_products import has_bf16, int8_product
 
 from saccade.bench.machine import measure_machine
 from saccade.checkpoints.presets import PRESETS
 from saccade.kernels.choose import back_ends, processor_name
+from saccade.kernels.library import load
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "benchmarks" / "cpu_systems"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 FRAMES = {"picture": (1, 756, 1008), "video": (30, 280, 504)}  # count, height, width: 972 and 2,700 tokens
 QUESTION = "Describe this in detail."
@@ -63,6 +69,7 @@ SYSTEMS = {
     "saccade bf16": System("saccade"),
     "transformers bf16": System("transformers"),
     "transformers bf16, oneDNN off in decode": System("transformers", options={"onednn_decode": False}),
+    "transformers float32": System("transformers", options={"dtype": "float32"}),
     "llama.cpp Q4_0": System("llama_cpp", "random-{}-Q4_0.gguf", TOWER_BF16, ("picture",)),
     "llama.cpp Q4_K_M": System("llama_cpp", "random-{}-Q4_K_M.gguf", TOWER_BF16, ("picture",)),
     "llama.cpp Q8_0": System("llama_cpp", "random-{}-Q8_0.gguf", TOWER_Q8_0, ("picture",)),
@@ -89,6 +96,8 @@ def missing(system: System, models: Path, preset: str, python: str) -> str | Non
     for name in (system.model, *(value for value in system.options.values() if str(value).endswith(".gguf"))):
         if not (models / name.format(preset)).exists():
             return f"{models / name.format(preset)} is not there (docs/notes/peers.md)"
+    if system.library == "transformers" and (system.options.get("dtype") == "float32") == has_bf16():
+        return f"torch has {'a' if has_bf16() else 'no'} fast bfloat16 product on this processor (docs/notes/peers.md)"
     return None
 
 
@@ -142,18 +151,14 @@ def measure(name: str, media: str, frames: Path, python: str, options: argparse.
 
 
 def integer_rate(rows: int = 1024, outputs: int = 22016, columns: int = 2048) -> float | None:
-    """Operations per second that oneDNN's int8 product reaches at a layer of the 3B's, its rows quantized beforehand."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    """Operations per second that oneDNN's int8 product reaches at a layer of the 3B's."""
+    product = int8_product(rows, outputs, columns)
+    if product is None:
         return None
-    packed = torch.ops.onednn.qlinear_prepack(
-        torch.randint(-127, 128, (outputs, columns), dtype=torch.int8), [rows, columns]
-    )
-    x = torch.randint(0, 255, (rows, columns), dtype=torch.uint8)
-    scale, zero = torch.full((outputs,), 1e-3), torch.zeros(outputs, dtype=torch.int32)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        product()
         seconds.append(time.perf_counter() - start)
     return 2 * rows * outputs * columns / min(seconds)
 
@@ -161,6 +166,9 @@ def integer_rate(rows: int = 1024, outputs: int = 22016, columns: int = 2048) ->
 def run(options: argparse.Namespace) -> int:
     """All cells of all rounds; the file is written anew after each. Returns how many failed."""
     torch.set_num_threads(options.threads)
+    results = options.results or RESULTS / f"cpu-{instruction_set()}.json"
+    if (other := processor_of(results)) not in (None, processor_name()):
+        sys.exit(f"{results} holds measurements of {other}; name another file: --results FILE")
     pythons = {system.library: sys.executable for system in SYSTEMS.values()} | dict(options.python)
     chosen = [name for name in SYSTEMS if not options.only or any(word in name for word in options.only)]
     options.models.mkdir(parents=True, exist_ok=True)
@@ -172,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"left out: {name}: {reason}", flush=True)
         else:
             cells += [(name, media) for media in options.media if media in SYSTEMS[name].media]
-    records = read(options.results) if options.add else []
+    records = read(results) if options.add else []
     machine = {"processor": processor_name(), "kernels": next(b.reason for b in back_ends() if b.name == "cpu")}
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
         for number in range(options.rounds):
             first = number % max(1, len(cells))
             for name, media in cells[first:] + cells[:first]:
-                python = pythons[SYSTEMS[name].library]
+                python, start = pythons[SYSTEMS[name].library], time.perf_counter()
                 try:
                     record = measure(name, media, Path(folder, f"{media}.npy"), python, options)
                 except subprocess.CalledProcessError as problem:
@@ -189,14 +197,21 @@ def run(options: argparse.Namespace) -> int:
                     print(f"failed: {name}, {media}: exit status {problem.returncode}", flush=True)
                     continue
                 records.append(record)
-                write(options.results, machine, options.preset, records)
+                write(results, machine, options.preset, records)
                 print(
                     f"round {number + 1}, {name}, {media}: {record.total_s:.1f} s = vision {record.vision_s:.1f}, "
                     f"prefill {record.prefill_s:.1f}, {record.tokens_out - 1} tokens of {record.token_s * 1e3:.0f} ms; "
-                    f"{record.tokens_in} tokens in, {record.peak_memory_bytes / 1e9:.1f} GB, loaded in {record.load_s:.0f} s",
+                    f"{record.tokens_in} tokens in, {record.peak_memory_bytes / 1e9:.1f} GB, loaded in {record.load_s:.0f} s; "
+                    f"measured in {time.perf_counter() - start:.0f} s",
                     flush=True,
                 )
     return failures
+
+
+def instruction_set() -> str:
+    """The kernels', or `none`."""
+    library = load()
+    return "none" if isinstance(library, str) else library.isa
 
 
 def interpreter(text: str) -> tuple[str, str]:
@@ -223,11 +238,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--preset", default="3b", choices=list(PRESETS))
     parser.add_argument("--tokens-out", type=int, default=TOKENS_OUT)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="where run writes, benchmarks/results/cpu-ISA.json"
+    )
     options = parser.parse_args()
     if options.command == "run":
         sys.exit(run(options) > 0)
-    cpu_report.report(options.results)
+    cpu_report.report(sorted(RESULTS.glob("cpu-*.json")), ROOT / "docs")
 
 
 if __name__ == "__main__":

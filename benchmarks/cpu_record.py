@@ -47,6 +47,11 @@ def read(path: Path) -> list[Record]:
     return [Record(**record) for record in json.loads(path.read_text())["records"]] if path.exists() else []
 
 
+def processor_of(path: Path) -> str | None:
+    """Whose measurements the file holds; None where there is no file."""
+    return str(json.loads(path.read_text())["machine"]["processor"]) if path.exists() else None
+
+
 def write(path: Path, machine: dict[str, Any], preset: str, records: list[Record]) -> None:
     content = {"machine": machine, "preset": preset, "records": [dataclasses.asdict(record) for record in records]}
     path.write_text(json.dumps(content, indent=1) + "\n")

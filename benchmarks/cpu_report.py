@@ -1,6 +1,7 @@
 """docs/performance.md and its charts from the measurements of benchmarks/cpu.py: tables, and where this engine stands to its aims.
 
-An aim is a ratio of two medians of one run, never a number of seconds: another machine may be faster or slower, and the ratio stays.
+Each file of measurements is a machine, and a section. An aim is a ratio of two medians of one run, never a number of seconds: another
+machine may be faster or slower, and the ratio stays.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from saccade.bench.work import Storage, prefill_work, vision_work
 from saccade.checkpoints.presets import PRESETS
 from saccade.geometry import Grid
 
-DOCS = Path(__file__).parents[1] / "docs"
 GRIDS = {"picture": Grid(1, 54, 72), "video": Grid(15, 20, 36)}
 COLUMNS = (
     "system",
@@ -35,6 +35,7 @@ COLUMNS = (
 W4A8, W8A8, BF16 = "saccade w4a8", "saccade w8a8", "saccade bf16"
 LLAMA_4BIT = ("llama.cpp Q4_0", "llama.cpp Q4_K_M")
 TRANSFORMERS = ("transformers bf16", "transformers bf16, oneDNN off in decode")
+TRANSFORMERS_FLOAT32 = ("transformers float32",)  # where torch has no fast bfloat16
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,12 @@ class Aim:
 def aims(rows: dict[str, Record], preset: str) -> list[Aim]:
     """All that is claimed of the picture cell."""
 
-    def ratio(field: str, ours: str, *theirs: str) -> float | None:
-        """Ours over the least of theirs."""
-        if any(name not in rows for name in (ours, *theirs)):
-            return None
-        return getattr(rows[ours], field) / min(getattr(rows[name], field) for name in theirs)
-
     def against(field: str, label: str, ours: str, bound: float, *theirs: str) -> Aim:
-        return Aim(
-            f"{label}, {ours.removeprefix('saccade ')} over {' and '.join(theirs)}", ratio(field, ours, *theirs), bound
-        )
+        """Ours over the least of theirs, of those that were measured."""
+        there = [name for name in theirs if name in rows]
+        least = min((getattr(rows[name], field) for name in there), default=None)
+        value = None if least is None or ours not in rows else getattr(rows[ours], field) / least
+        return Aim(f"{label}, {ours.removeprefix('saccade ')} over {' and '.join(there or theirs)}", value, bound)
 
     def reading(name: str) -> float | None:
         return rows[name].read_bytes_per_s / rows[name].bytes_per_s if name in rows else None
@@ -89,6 +86,7 @@ def aims(rows: dict[str, Record], preset: str) -> list[Aim]:
         row = rows.get(name)
         return row.batch_tokens_per_s * row.token_s if row and row.batch_tokens_per_s else None
 
+    transformers = TRANSFORMERS_FLOAT32 if TRANSFORMERS_FLOAT32[0] in rows else TRANSFORMERS
     return [
         *(Aim(f"decode, {name}: bytes read over the limit", reading(name), 0.92, False) for name in (BF16, W8A8, W4A8)),
         *(
@@ -104,8 +102,8 @@ def aims(rows: dict[str, Record], preset: str) -> list[Aim]:
         against("total_s", "answer", W4A8, 0.58, "OpenVINO int4", "vLLM w8a8"),
         against("total_s", "answer", W8A8, 0.75, "vLLM w8a8"),
         against("total_s", "answer", W8A8, 0.70, "OpenVINO int8"),
-        against("total_s", "answer", BF16, 0.55, TRANSFORMERS[0]),
-        against("total_s", "answer", BF16, 0.85, *TRANSFORMERS),
+        against("total_s", "answer", BF16, 0.55, transformers[0]),
+        *([against("total_s", "answer", BF16, 0.85, *transformers)] if len(transformers) > 1 else []),
         against("total_s", "answer", BF16, 1.00, "vLLM bf16"),
         against("first_token_s", "first token", W4A8, 0.25, *LLAMA_4BIT),
         against("first_token_s", "first token", W4A8, 0.50, "OpenVINO int4"),
@@ -114,62 +112,74 @@ def aims(rows: dict[str, Record], preset: str) -> list[Aim]:
         against("first_token_s", "first token", W8A8, 0.75, "vLLM w8a8"),
         against("peak_memory_bytes", "peak memory", W4A8, 1.00, *LLAMA_4BIT, "OpenVINO int4"),
         against("peak_memory_bytes", "peak memory", W8A8, 1.00, "llama.cpp Q8_0", "OpenVINO int8", "vLLM w8a8"),
-        against("peak_memory_bytes", "peak memory", BF16, 1.00, *TRANSFORMERS, "vLLM bf16"),
+        against("peak_memory_bytes", "peak memory", BF16, 1.00, *transformers, "vLLM bf16"),
         Aim("peak memory, w4a8", rows[W4A8].peak_memory_bytes / 1e9 if W4A8 in rows else None, 3.5, unit="GB"),
         *(Aim(f"eight requests over one, {name}", eight(name), 5.0, False, "x") for name in (W4A8, W8A8, BF16)),
     ]
 
 
-def report(path: Path) -> None:
-    records, content = read(path), json.loads(path.read_text())
-    machine = content["machine"]
-    loads = [record.load_average for record in records]
+def report(files: list[Path], docs: Path) -> None:
+    """Writes performance.md and the charts into `docs`: a section for each file."""
     lines = [
         "# Performance on a CPU",
         "",
         "<!-- python benchmarks/cpu.py report -->",
         "",
-        f"The published {content['preset'].upper()}'s shapes with random weights; {records[0].threads} threads of "
-        f"{machine['processor']}. Kernels: {machine['kernels']}. All systems in one run, round robin, medians over rounds; "
-        "how the others were obtained, converted and set: [notes/peers.md](notes/peers.md).",
-    ]
-    for media in GRIDS:
-        rows = medians([record for record in records if record.media == media])
-        if rows:
-            rounds = {name: sum(r.system == name and r.media == media for r in records) for name in rows}
-            lines += ["", *section(media, list(rows.values()), rounds)]
-            (DOCS / chart_name(media)).write_text(chart(list(rows.values())))
-        if rows and media == "picture":
-            lines += [
-                "",
-                "## Where this stands to its aims",
-                "",
-                "| picture cell | measured | aim | met |",
-                "|---|---|---|---|",
-            ]
-            lines += [aim.line for aim in aims(rows, content["preset"])]
-    lines += [
+        "A published size's shapes with random weights. All systems of a machine in turn, round robin, medians over rounds; how "
+        "the others were obtained, converted and set: [notes/peers.md](notes/peers.md).",
         "",
         "*Vision* is the tower, *first token* everything before it, preprocessing included. *Read*: bytes of weights and cache "
         "of a decoded token over its time; *the limit* is the fastest that torch read a gigabyte in the same minute. *Outside "
         "kernels*: the share of a token's time before and after the decoder's one call and the output head: choosing "
         "requests, packing, sampling, text. *Eight at once*: tokens per second of eight short requests together, over one "
-        "request's. Peak memory is the process's, loading included. The system's load average before the measurements lay "
-        f"between {min(loads):.1f} and {max(loads):.1f}; other programs make every number worse.",
-        "",
+        "request's. Peak memory is the process's, loading included. An aim against several systems is against the best of those "
+        "that were measured.",
     ]
-    (DOCS / "performance.md").write_text("\n".join(lines))
+    for file in files:
+        lines += machine_section(file, docs)
+    (docs / "performance.md").write_text("\n".join([*lines, ""]))
     print("\n".join(lines))
 
 
-def section(media: str, rows: list[Record], rounds: dict[str, int]) -> list[str]:
+def machine_section(file: Path, docs: Path) -> list[str]:
+    """One machine's tables and aims; its charts are written into `docs`."""
+    records, content = read(file), json.loads(file.read_text())
+    machine, loads = content["machine"], [record.load_average for record in records]
+    lines = [
+        "",
+        f"## {records[0].threads} threads of {machine['processor']}",
+        "",
+        f"The {content['preset'].upper()}. Kernels: {machine['kernels']}. The system's load average before the measurements lay "
+        f"between {min(loads):.1f} and {max(loads):.1f}; other programs make every number worse.",
+    ]
+    for media in GRIDS:
+        rows = medians([record for record in records if record.media == media])
+        if not rows:
+            continue
+        rounds = {name: sum(r.system == name and r.media == media for r in records) for name in rows}
+        chart_name = f"{file.stem.replace('cpu', 'performance', 1)}-{media}.svg"
+        (docs / chart_name).write_text(chart(list(rows.values())))
+        lines += ["", *section(media, list(rows.values()), rounds, chart_name)]
+        if media == "picture":
+            lines += [
+                "",
+                "### Where this stands to its aims",
+                "",
+                "| picture cell | measured | aim | met |",
+                "|---|---|---|---|",
+            ]
+            lines += [aim.line for aim in aims(rows, content["preset"])]
+    return lines
+
+
+def section(media: str, rows: list[Record], rounds: dict[str, int], chart_name: str) -> list[str]:
     shape = {"picture": "One picture of 1008 x 756 pixels", "video": "One video, 30 frames of 504 x 280 pixels"}[media]
     lengths = sorted({int(row.tokens_in) for row in rows})
     tokens_in = str(lengths[0]) if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     lines = [
-        f"## {shape}, {tokens_in} tokens in, {int(rows[0].tokens_out)} out",
+        f"### {shape}, {tokens_in} tokens in, {int(rows[0].tokens_out)} out",
         "",
-        f"![Seconds of an answer by stage]({chart_name(media)})",
+        f"![Seconds of an answer by stage]({chart_name})",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -192,10 +202,6 @@ def section(media: str, rows: list[Record], rounds: dict[str, int]) -> list[str]
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def chart_name(media: str) -> str:
-    return "performance.svg" if media == "picture" else f"performance-{media}.svg"
 
 
 def chart(rows: list[Record]) -> str:

@@ -1,4 +1,4 @@
-"""The cell by transformers' generate(): bfloat16, SDPA, greedy.
+"""The cell by transformers' generate(): SDPA, greedy; bfloat16, or what option `dtype` says.
 
 Option `onednn_decode` false switches oneDNN off while single tokens are decoded, which on some processors is its best setting.
 Pixels are prepared by this engine before the clock starts, since both cut pictures alike.
@@ -54,9 +54,10 @@ def without_onednn_in_decode(forward: Any) -> Any:
 def main() -> None:
     cell = read_cell()
     torch.set_num_threads(cell.threads)
+    dtype = getattr(torch, cell.options.get("dtype", "bfloat16"))
     start = time.perf_counter()
     model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        cell.model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        cell.model, dtype=dtype, attn_implementation="sdpa"
     ).eval()
     load_s = time.perf_counter() - start
     if not cell.options.get("onednn_decode", True):
@@ -79,7 +80,7 @@ def main() -> None:
     text = model.config.get_text_config()
     head_dim = text.hidden_size // text.num_attention_heads
     positions = inputs["input_ids"].shape[1] + cell.tokens_out // 2
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2 * positions
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * dtype.itemsize * positions
     weights = sum(p.nbytes for p in model.model.language_model.parameters())  # a tied head is the embedding's own table
     reply(
         version=transformers.__version__,

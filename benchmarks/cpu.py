@@ -96,7 +96,8 @@ def missing(system: System, models: Path, preset: str, python: str) -> str | Non
     for name in (system.model, *(value for value in system.options.values() if str(value).endswith(".gguf"))):
         if not (models / name.format(preset)).exists():
             return f"{models / name.format(preset)} is not there (docs/notes/peers.md)"
-    if system.library == "transformers" and (system.options.get("dtype") == "float32") == has_bf16():
+    is_bf16 = system.options.get("dtype") != "float32"
+    if system.library in ("transformers", "vllm") and is_bf16 != has_bf16():
         return f"torch has {'a' if has_bf16() else 'no'} fast bfloat16 product on this processor (docs/notes/peers.md)"
     return None
 

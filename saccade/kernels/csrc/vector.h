@@ -36,10 +36,15 @@ struct Bf16 {
 using Fp16 = _Float16;
 typedef Fp16 Fp16s __attribute__((vector_size(2 * SACCADE_LANES)));
 
+// A loop over the lanes would be compiled to an insertion for each.
 inline Floats splat(float value) {
-  Floats v;
-  for (int lane = 0; lane < LANES; ++lane) v[lane] = value;
-  return v;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX__)
+  return (Floats)_mm256_set1_ps(value);
+#else
+  return Floats{value, value, value, value};
+#endif
 }
 
 // a * b + c, rounded once where the instruction set can.
@@ -60,6 +65,10 @@ inline Floats load(const float* at) {
 }
 
 inline Floats load(const Bf16* at) {
+#if SACCADE_LANES == 8 && defined(__AVX2__)
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  return (Floats)_mm256_slli_epi32(words, 16);
+#endif
   Halves halves;
   memcpy(&halves, at, sizeof halves);
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
@@ -77,17 +86,24 @@ inline Floats load(const int8_t* at) {
   return __builtin_convertvector(bytes, Floats);
 }
 
-// To the nearest, halves to even, NaN to the quiet one: what torch does. The processor's own instruction makes zeros of numbers
-// below 2^-126.
+// To the nearest of bfloat16, halves to even, NaN to the quiet one, in the upper half of each word: what torch does.
+inline Words bf16_words(Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (v == v ? rounded : Words{} + 0x7fc00000u) & 0xffff0000u;
+}
+
+// The same; but the processor's own instruction makes zeros of numbers below 2^-126.
 inline Halves to_bf16(Floats v) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)v);
 #else
-  Words bits = (Words)v;
-  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  Words is_nan = (Words)(v != v);
-  rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
-  return __builtin_convertvector(rounded, Halves);
+  const Words high = bf16_words(v) >> 16;
+#if SACCADE_LANES == 8 && defined(__AVX2__)
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)high), _mm256_extracti128_si256((__m256i)high, 1));
+#else
+  return __builtin_convertvector(high, Halves);
+#endif
 #endif
 }
 
@@ -136,7 +152,11 @@ inline void store_first(T* at, Floats v, int64_t count) {
 // v as a value of type T has it.
 template <class T>
 inline Floats rounded_to(Floats v) {
+#if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, Bf16>) return (Floats)(__builtin_convertvector(to_bf16(v), Words) << 16);
+#else
+  if constexpr (std::is_same_v<T, Bf16>) return (Floats)bf16_words(v);
+#endif
   if constexpr (std::is_same_v<T, Fp16>) return __builtin_convertvector(__builtin_convertvector(v, Fp16s), Floats);
   return v;
 }
@@ -175,19 +195,35 @@ inline float largest(Floats v) {
 #endif
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// Of a NaN and a number, b.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 2^x, off by 1e-7 of it at most; 2^-126 below -126, 2^127 above 127, NaN for NaN. Adding 1.5 * 2^23, whose last bit is worth 1,
 // splits off the whole part. The polynomial is fitted to 2^x on [-1/2, 1/2], and is 1 at 0.
 inline Floats power_of_two(Floats x) {
+  x = smaller(splat(127.0f), larger(splat(-126.0f), x));
 #if defined(__AVX512F__)
-  x = (Floats)_mm512_max_ps((__m512)splat(-126.0f), (__m512)x);  // of a NaN and a number, the second
-  x = (Floats)_mm512_min_ps((__m512)splat(127.0f), (__m512)x);
   const __m512 exponent = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Floats rest = x - (Floats)exponent;
 #else
-  x = x < -126.0f ? splat(-126.0f) : x;
-  x = x > 127.0f ? splat(127.0f) : x;
   const Floats shifted = x + 12582912.0f;
   const Floats rest = x - (shifted - 12582912.0f);
   const Ints exponent = ((Ints)shifted - 0x4b400000 + 127) << 23;

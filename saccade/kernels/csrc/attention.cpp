@@ -15,11 +15,12 @@ namespace saccade::SACCADE_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 256;      // keys packed at once: with D = 128 they and their values fill 128 KiB of the second cache
-constexpr int64_t TILE = 32;        // rows whose scores over a block are held at once
+constexpr int64_t TILE = LANES == 8 ? 36 : 32;  // rows whose scores over a block are held at once
 constexpr int64_t MAX_ROWS = 1024;  // rows of a job: their sums take 512 KiB
 constexpr int64_t FEW_QUERIES = 16;  // up to here a sequence's keys are split between jobs,
 constexpr int64_t PIECE = 512;       // so many to each: a multiple of BLOCK
 constexpr int64_t PANEL = 16;        // columns of a packed matrix that lie together
+constexpr int64_t FETCH_ROWS = 16;   // so many rows ahead, queries are fetched
 
 #if defined(__AVX512BF16__)
 using Fast = Bf16;  // what bfloat16 is multiplied in
@@ -27,7 +28,11 @@ using Fast = Bf16;  // what bfloat16 is multiplied in
 using Fast = float;
 #endif
 
-constexpr int64_t ROW_STEP = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;  // rows whose sums registers hold
+// Registers hold the sums of MOST_STEPS * ROW_STEP rows by MOST_PANELS panels, what is loaded of b, and a value of a: 24 + 3 + 1
+// of 32 (AVX-512), 12 + 2 + 1 of 16 (AVX2), 8 + 4 + 1 of 16. So many sums also hide how long one of them takes.
+constexpr int64_t ROW_STEP = LANES == 16 ? 4 : 2;
+constexpr int64_t MOST_STEPS = LANES == 16 ? 2 : LANES == 8 ? 3 : 1;
+constexpr int64_t MOST_PANELS = LANES == 16 ? 3 : 1;
 #if defined(__AMX_BF16__)
 constexpr int64_t ROW_MULTIPLE = 16;
 #else
@@ -55,22 +60,31 @@ inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b, float) {
   return fma(splat(factor), load(reinterpret_cast<const float*>(b)), sum);
 }
 
-// c [ROWS, PANELS * PANEL] (+)= a b. a: rows of `depth` words; b: panels of `depth` rows of PANEL words.
+// c [ROWS, PANELS * PANEL] (+)= a b. a: rows of `depth` words; b: panels of `depth` rows of PANEL words. Loops over rows and columns
+// are unrolled by order: left to itself, GCC 12 may keep sums in memory.
 template <class T, int ROWS, int PANELS>
 void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c,
                    int64_t c_stride, bool accumulate) {
-  constexpr int VECTORS = PANEL / LANES;
-  Floats sums[ROWS][PANELS * VECTORS];
+  constexpr int VECTORS = PANEL / LANES, COLUMNS = PANELS * VECTORS;
+  Floats sums[ROWS][COLUMNS];
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < PANELS * VECTORS; ++j)
-      sums[i][j] = accumulate ? load(c + i * c_stride + j * LANES) : Floats{};
-  for (int64_t step = 0; step < depth; ++step)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) sums[i][j] = accumulate ? load(c + i * c_stride + j * LANES) : Floats{};
+  int64_t step = 0;
+  do {  // at least once: a loop that may be empty costs a copy of all sums
+    const uint32_t* right = b + step * PANEL;
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < PANELS * VECTORS; ++j)
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j)
         sums[i][j] = multiply_add(sums[i][j], a[i * a_stride + step],
-                                  b + j / VECTORS * b_stride + step * PANEL + j % VECTORS * LANES, T{});
+                                  right + j / VECTORS * b_stride + j % VECTORS * LANES, T{});
+  } while (++step < depth);
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < PANELS * VECTORS; ++j) store(c + i * c_stride + j * LANES, sums[i][j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) store(c + i * c_stride + j * LANES, sums[i][j]);
 }
 
 #if defined(__AMX_BF16__)
@@ -126,24 +140,51 @@ void end_tiles() {}
 
 using Product = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
 
+// c [rows, PANELS * PANEL] (+)= a b; rows, a multiple of ROW_STEP, are divided evenly.
+template <class T, int PANELS>
+void multiply_panels(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t depth,
+                     float* c, int64_t c_stride, bool accumulate) {
+  const int64_t steps = rows / ROW_STEP, groups = (steps + MOST_STEPS - 1) / MOST_STEPS;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = steps * group / groups, count = steps * (group + 1) / groups - first;
+    Product product = multiply_rows<T, ROW_STEP, PANELS>;
+    if (MOST_STEPS > 1 && count > 1) product = multiply_rows<T, smaller_of(2, MOST_STEPS) * ROW_STEP, PANELS>;
+    if (MOST_STEPS > 2 && count > 2) product = multiply_rows<T, smaller_of(3, MOST_STEPS) * ROW_STEP, PANELS>;
+    const int64_t row = first * ROW_STEP;
+    product(a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride, accumulate);
+  }
+}
+
+#if defined(__AMX_BF16__)
+template <int PANELS>
+void multiply_panels_in_tiles(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
+                              int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+  const int64_t row_step = rows % 32 == 0 ? 32 : 16;
+  const Product product = row_step == 32 ? multiply_tiles<2, PANELS> : multiply_tiles<1, PANELS>;
+  for (int64_t row = 0; row < rows; row += row_step)
+    product(a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride, accumulate);
+}
+#endif
+
 // c [rows, panels * PANEL] (+)= a b; rows is a multiple of ROW_MULTIPLE.
 template <class T>
 void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t panels,
               int64_t depth, float* c, int64_t c_stride, bool accumulate) {
-  int64_t row_step = ROW_STEP;
-  Product pair = multiply_rows<T, ROW_STEP, 2>, single = multiply_rows<T, ROW_STEP, 1>;
+  int64_t most = MOST_PANELS;
+  auto three = multiply_panels<T, smaller_of(3, MOST_PANELS)>, two = multiply_panels<T, smaller_of(2, MOST_PANELS)>;
+  auto one = multiply_panels<T, 1>;
 #if defined(__AMX_BF16__)
-  if (std::is_same_v<T, Bf16>) {
-    const bool is_even = rows % 32 == 0;
-    row_step = is_even ? 32 : 16;
-    pair = is_even ? multiply_tiles<2, 2> : multiply_tiles<1, 2>;
-    single = is_even ? multiply_tiles<2, 1> : multiply_tiles<1, 1>;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    most = 2;
+    three = two = multiply_panels_in_tiles<2>;
+    one = multiply_panels_in_tiles<1>;
   }
 #endif
-  for (int64_t panel = 0; panel < panels; panel += 2)
-    for (int64_t row = 0; row < rows; row += row_step)
-      (panel + 1 < panels ? pair : single)(a + row * a_stride, a_stride, b + panel * b_stride, b_stride, depth,
-                                           c + row * c_stride + panel * PANEL, c_stride, accumulate);
+  for (int64_t panel = 0; panel < panels; panel += most) {
+    const int64_t count = smaller_of(panels - panel, most);
+    (count == 3 ? three : count == 2 ? two : one)(a, a_stride, rows, b + panel * b_stride, b_stride, depth,
+                                                  c + panel * PANEL, c_stride, accumulate);
+  }
 }
 
 // --- packing -------------------------------------------------------------------------------------------------------------
@@ -159,6 +200,13 @@ void convert(const X* from, int64_t count, T* to, int64_t size) {
     if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
   }
   memset(static_cast<void*>(to + count), 0, (size - count) * sizeof(T));
+}
+
+// Fetches what is read soon: rows of a head lie pages apart, where the processor does not guess.
+inline void fetch(const void* from, int64_t bytes) {
+  const char* at = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+  __builtin_prefetch(at + bytes - 1);
 }
 
 // to[word][row] = from[row][word] for PANEL rows.
@@ -188,6 +236,31 @@ void transpose(const uint32_t* from, int64_t words, uint32_t* to) {
       _mm512_storeu_si512(to + (word + j + 8) * PANEL, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
     }
   }
+#elif defined(__AVX__)
+  for (; word + 8 <= words; word += 8)
+    for (int64_t first = 0; first < PANEL; first += 8) {
+      __m256 a[8], b[8];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // a[i]: words 0 to 3 of rows i and i + 4; a[i + 4]: words 4 to 7
+        const float* low = reinterpret_cast<const float*>(from + (first + i) * words + word);
+        const float* high = low + 4 * words;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+        a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {  // b[i]: words 0, 1 (or 4, 5) of two rows of each half; b[i + 1]: words 2, 3
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      float* column = reinterpret_cast<float*>(to + word * PANEL + first);
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4, column += 4 * PANEL) {  // four rows of each half: a word of all eight
+        _mm256_storeu_ps(column, _mm256_shuffle_ps(b[i], b[i + 2], 0x44));
+        _mm256_storeu_ps(column + PANEL, _mm256_shuffle_ps(b[i], b[i + 2], 0xee));
+        _mm256_storeu_ps(column + 2 * PANEL, _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44));
+        _mm256_storeu_ps(column + 3 * PANEL, _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee));
+      }
+    }
 #endif
   for (; word < words; ++word)
     for (int64_t row = 0; row < PANEL; ++row) to[word * PANEL + row] = from[row * words + word];
@@ -237,7 +310,7 @@ struct Buffers {
   float *key_scale, *value_scale;  // [BLOCK], for int8
   float *largest, *total;          // [rows]: the largest score so far, and the sum of weights
 
-  Buffers(int64_t head_dim, int64_t num_rows) : depth(round_up(head_dim, 32)), width(round_up(head_dim, PANEL)) {
+  Buffers(int64_t head_dim, int64_t num_rows) : depth(round_up(head_dim, PANEL * per_word<T>)), width(round_up(head_dim, PANEL)) {
     const int64_t narrow = num_rows * depth + BLOCK * depth + BLOCK * width + PANEL * depth + TILE * BLOCK;
     const int64_t wide = TILE * BLOCK + num_rows * width + 2 * BLOCK + 2 * num_rows;
     q = static_cast<T*>(scratch(SCRATCH_ATTENTION, narrow * sizeof(T) + wide * sizeof(float)));
@@ -258,18 +331,25 @@ struct Buffers {
 template <class T, class C>
 void pack(const Kept<C>& kept, int64_t first, int64_t count, Buffers<T>& buffers) {
   const int64_t head_dim = kept.op.head_dim, depth = buffers.depth, width = buffers.width;
+  int64_t all_slots[BLOCK];
+  for (int64_t i = 0; i < count; ++i) all_slots[i] = kept.slot(first + i);
   for (int64_t base = 0; base < round_up(count, 32); base += PANEL) {
     const int64_t present = count - base < 0 ? 0 : smaller_of(count - base, PANEL);
-    int64_t slots[PANEL];
-    for (int64_t i = 0; i < present; ++i) slots[i] = kept.slot(first + base + i);
+    const int64_t* slots = all_slots + base;
 
     if (present < PANEL) memset(static_cast<void*>(buffers.unpacked), 0, PANEL * depth * sizeof(T));
-    for (int64_t i = 0; i < present; ++i) convert(kept.key(slots[i]), head_dim, buffers.unpacked + i * depth, depth);
+    for (int64_t i = 0; i < present; ++i) {
+      fetch(kept.value(slots[i]), kept.size() * sizeof(C));
+      convert(kept.key(slots[i]), head_dim, buffers.unpacked + i * depth, depth);
+    }
     transpose(reinterpret_cast<uint32_t*>(buffers.unpacked), depth / per_word<T>,
               reinterpret_cast<uint32_t*>(buffers.keys + base * depth));
 
     if (present < PANEL) memset(static_cast<void*>(buffers.unpacked), 0, PANEL * width * sizeof(T));
-    for (int64_t i = 0; i < present; ++i) convert(kept.value(slots[i]), head_dim, buffers.unpacked + i * width, width);
+    for (int64_t i = 0; i < present; ++i) {
+      if (base + PANEL + i < count) fetch(kept.key(slots[PANEL + i]), kept.size() * sizeof(C));
+      convert(kept.value(slots[i]), head_dim, buffers.unpacked + i * width, width);
+    }
     for (int64_t column = 0; column < width; column += PANEL)
       interleave(buffers.unpacked + column, width,
                  reinterpret_cast<uint32_t*>(buffers.values + column * BLOCK + base * PANEL));
@@ -352,10 +432,14 @@ void attend(const SaccadeAttention& op, const Job& job) {
 
   Buffers<T> buffers(head_dim, num_rows);
   const int64_t depth = buffers.depth, width = buffers.width;
-  for (int64_t row = 0; row < job.num_rows; ++row) {
+  const auto query = [&](int64_t row) {
     const int64_t token = job.first_token + (job.first_row + row) / group;
     const int64_t head = job.head * group + (job.first_row + row) % group;
-    convert(static_cast<const X*>(op.q) + token * op.q_stride + head * head_dim, head_dim, buffers.q + row * depth, depth);
+    return static_cast<const X*>(op.q) + token * op.q_stride + head * head_dim;
+  };
+  for (int64_t row = 0; row < job.num_rows; ++row) {
+    if (row + FETCH_ROWS < job.num_rows) fetch(query(row + FETCH_ROWS), head_dim * sizeof(X));
+    convert(query(row), head_dim, buffers.q + row * depth, depth);
   }
   memset(static_cast<void*>(buffers.q + job.num_rows * depth), 0, (num_rows - job.num_rows) * depth * sizeof(T));
   memset(buffers.sums, 0, num_rows * width * sizeof(float));

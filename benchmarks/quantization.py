@@ -9,8 +9,9 @@ greedy decoding would say letter for letter; `score` is the mean of all tasks on
 the model's own type, of the variants in --scored. Calibration is the built-in set, drawn from other seeds and by another
 hand than the items; exact mode gets pictures of that set.
 
-A run that was stopped goes on behind the last row in the JSON. The file says of which weights, code and instruction set its rows
-are, and rows of others are not mixed with them: give such a run another file. Seconds are of the processor.
+A run that was stopped goes on behind the last row in the JSON. The file says of which weights and code its rows are, and rows of
+others are not mixed with them: give such a run another file. Each row names the instruction set, on which last bits, and through
+ties of calibration a few per cent of a figure, depend. Seconds are of the processor.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Row:
     size_bytes: int
     seconds: float
     score: float | None = None
+    isa: str | None = None  # the kernels' instruction set; None where it was not noted
 
 
 FLOAT = Recipe("bfloat16", "the model", "", {})
@@ -144,6 +146,7 @@ def measure(
         variant, recipe.scheme, recipe.name, recipe.layers, apart.mean_kl, apart.p99_kl, apart.top1_agreement,
         sum(right) / len(right), apart.num_tokens, size, round(seconds, 1),
         mean_score(out, num_scored) if num_scored else None,
+        instruction_set(),
     )  # fmt: skip
 
 
@@ -162,15 +165,15 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def made_by(model: Path) -> dict[str, str]:
-    """What figures depend on besides the options: the weights, the code that quantizes and asks, the instruction set."""
+    """What figures depend on besides the options: the weights, and the code that quantizes and asks."""
     package = Path(saccade.__file__).parent
     code = [path for part in ("quantize", "schemes", "evals") for path in sorted((package / part).rglob("*.py"))]
+    return {"weights": digest(sorted(model.glob("*.safetensors"))), "code": digest(code)}
+
+
+def instruction_set() -> str:
     library = load()
-    return {
-        "weights": digest(sorted(model.glob("*.safetensors"))),
-        "code": digest(code),
-        "isa": library.isa if isinstance(library, Library) else "torch",
-    }
+    return library.isa if isinstance(library, Library) else "torch"
 
 
 def digest(files: Sequence[Path]) -> str:
@@ -236,8 +239,19 @@ def main() -> None:
                 if options.json:
                     write(options.json, origin, rows)
     print(table(rows))
+    print(side_by_side(rows))
     for line in losses(rows):
         print(line)
+
+
+def side_by_side(rows: Sequence[Row]) -> str:
+    """Mean KL alone, like beside like."""
+    names = ("exact m2", "exact m4", "to nearest", "best")
+    found = {(row.variant, row.scheme, row.layers, row.recipe): f"{row.mean_kl:.2e}" for row in rows}
+    places = dict.fromkeys(place[:3] for place in found if place[3] == "best")
+    lines = [f"| variant | scheme | layers | {' | '.join(names)} |", "|" + "---|" * 7]
+    lines += [f"| {' | '.join([*place, *(found.get((*place, name), '') for name in names)])} |" for place in places]
+    return "\n".join(lines)
 
 
 def losses(rows: Sequence[Row]) -> list[str]:

@@ -197,7 +197,8 @@ class Run:
             )
             for layer in wanted
         }
-        self.watched.watch(watchers)
+        *_, last = (layer for layer in module.modules() if isinstance(layer, Linear))
+        self.watched.watch(watchers, unread=last)
         tokens = self.tokens(is_tower)
         for piece in self.pieces(is_tower):
             its = tokens[piece.rows]

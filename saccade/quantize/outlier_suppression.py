@@ -9,7 +9,7 @@ what stays equal bit for bit. Knows tensors; knows no model. Letters: N tokens o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -29,13 +29,21 @@ ALIGNED = 64
 ROWS_AT_ONCE = 256  # what is computed, and given up, at a time
 COARSE_STRIDE = 8  # candidates of the first round
 SLACK = 1 + 2.0**-6  # a mean in bfloat16 is wrong by less
+SLACK_WIDE = 1 + 2.0**-10  # likewise, in float32
+# How far apart losses may be when products are sums of another order: on 128 to 320 tokens they were by up to 2e-4.
+ORDER = 1 + 2.0**-7
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective(Protocol):
     """What is compared: a result of the block computed from x W^T."""
 
-    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
-        """x: [N, H]; weight: [O, H]. The result piece by piece, always cut alike; the loss sums over the last dimension."""
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+        """x: [N, H]; weight: [O, H]. The result piece by piece, always cut alike; the loss sums over the last dimension.
+
+        `product`: what multiplies matrices in T.
+        """
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -45,13 +53,15 @@ def search(x: Tensor, weight: Tensor, objective: Objective) -> Tensor:
     """x: [N, H], the norm's output; weight: [O, H], what it feeds, concatenated; both in T. Returns the scale c [H] in T, c >= 1.
 
     The smallest loss wins, of equal ones the largest threshold. A coarse round comes first: its best loss lets most of the
-    others be given up before they are whole.
+    others be given up before they are whole. Where products in T are slow, a candidate is first tried with fast ones of almost
+    the same bits, and the others decide only among those that are near the best.
     """
     high, low = x.amax(0), x.amin(0)
     candidates = list(thresholds(high, low))
     if not candidates:
         return torch.ones_like(high)
     exact = list(objective.pieces(x, weight))
+    is_tried_first = not has_fast_products(x.dtype) and exact[0].dtype != torch.float16
     best, winner = math.inf, 0
     coarse = range(0, len(candidates), COARSE_STRIDE)
     for indices in (coarse, [i for i in range(len(candidates)) if i not in coarse]):
@@ -59,7 +69,12 @@ def search(x: Tensor, weight: Tensor, objective: Objective) -> Tensor:
         for i in indices:
             scale = scale_at(candidates[i], high, low)
             rounded = fake_range(x / scale, candidates[i])
-            loss = loss_below(best, objective.pieces(rounded, scaled.at(scale)), exact)
+            value = scaled.at(scale)
+            if is_tried_first and math.isfinite(best):
+                fast = objective.pieces(rounded, value, product_in_float32)
+                if math.isinf(loss_below(best * ORDER, fast, exact)):
+                    continue
+            loss = loss_below(best, objective.pieces(rounded, value), exact)
             if loss < best or (loss == best and i < winner):
                 best, winner = loss, i
     return scale_at(candidates[winner], high, low)
@@ -68,7 +83,8 @@ def search(x: Tensor, weight: Tensor, objective: Objective) -> Tensor:
 def loss_below(bound: float, pieces: Iterator[Tensor], exact: Sequence[Tensor]) -> float:
     """The mean of the squared distances between last-dimension vectors, in the pieces' type; inf as soon as it must exceed `bound`."""
     count = sum(piece.numel() // piece.shape[-1] for piece in exact)
-    limit = math.inf if exact[0].dtype == torch.float16 else bound * count * SLACK  # float16 may overflow
+    slack = SLACK_WIDE if exact[0].dtype == torch.float32 else SLACK
+    limit = math.inf if exact[0].dtype == torch.float16 else bound * count * slack  # float16 may overflow
     sums: list[Tensor] = []
     spent = 0.0
     for piece, reference in zip(pieces, exact, strict=True):
@@ -78,6 +94,18 @@ def loss_below(bound: float, pieces: Iterator[Tensor], exact: Sequence[Tensor]) 
         if spent > limit:
             return math.inf
     return float(torch.cat(sums).mean())
+
+
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of `dtype` by a library here. Its own loops are up to 25 times slower than float32's."""
+    if dtype == torch.float32:
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, name)())
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype)
 
 
 def thresholds(high: Tensor, low: Tensor) -> Iterator[float]:
@@ -148,12 +176,12 @@ class GateUp:
 
     bias: Tensor | None = None
 
-    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
         for rows in torch.split(x, ROWS_AT_ONCE):
-            product = rows @ weight.T
+            both = product(rows, weight.T)
             if self.bias is not None:
-                product = product + self.bias
-            gate, up = product.chunk(2, dim=-1)
+                both = both + self.bias
+            gate, up = both.chunk(2, dim=-1)
             yield (F.silu(gate) * up).float()
 
 
@@ -171,10 +199,9 @@ class DecoderAttention:
     rope_theta: float
     positions: Tensor
 
-    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
         num_tokens, dtype = x.shape[0], x.dtype
-        product = x @ weight.T
-        heads = product.view(num_tokens, -1, self.head_dim).transpose(0, 1)
+        heads = product(x, weight.T).view(num_tokens, -1, self.head_dim).transpose(0, 1)
         q, k, v = heads[: self.num_heads], heads[self.num_heads : -self.num_kv_heads], heads[-self.num_kv_heads :]
         cos, sin = self._tables(num_tokens)
         q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin  # float32 from here on
@@ -191,7 +218,7 @@ class DecoderAttention:
                 keys, values = (part[head : head + 1].expand(groups, -1, -1) for part in (k, v))
                 logits = (q[mine, rows] @ keys.transpose(-2, -1)).masked_fill_(is_future, float("-inf"))
                 weights = torch.maximum(logits, lowest).softmax(-1, dtype=torch.float32).to(dtype)
-                out[:, mine] = (weights @ values).transpose(0, 1)
+                out[:, mine] = product(weights, values).transpose(0, 1)
             yield out.flatten(1).float()
 
     def _tables(self, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -215,28 +242,29 @@ class TowerAttention:
     sin: Tensor
     bounds: Sequence[int]
 
-    def pieces(self, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
-        qkv = (x @ weight.T).view(len(x), 3, self.num_heads, -1)
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+        qkv = product(x, weight.T).view(len(x), 3, self.num_heads, -1)
         for head in range(self.num_heads):
             q, k = rotate_patches(qkv[:, :2, head], self.cos, self.sin).unbind(1)
-            yield self._attend(q, k, qkv[:, 2, head])
+            yield self._attend(q, k, qkv[:, 2, head], product)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, product: Product) -> Tensor:
         """One head: [N, D] each. Returns [N, D]."""
         num_patches, dtype = len(q), q.dtype
         out = torch.empty(v.shape, dtype=dtype)
         root, lowest = math.sqrt(self.scaling_head_dim), torch.finfo(dtype).min
+        is_library = has_fast_products(dtype)  # torch's own loops add in order: zeros may be left out
         for start, end in pairwise(self.bounds):
             columns = slice(start // ALIGNED * ALIGNED, min(-(-end // ALIGNED) * ALIGNED, num_patches))
             mask = torch.full((columns.stop - columns.start,), lowest, dtype=dtype)
             mask[start - columns.start : end - columns.start] = 0
             for first in range(start, end, ROWS_AT_ONCE):
                 rows = slice(first, min(first + ROWS_AT_ONCE, end))
-                logits = (q[rows] @ k[columns].T).div_(root)
+                logits = product(q[rows], k[columns].T).div_(root)
                 if end - start < len(mask):
                     logits.add_(mask)
                 weights = logits.softmax(-1, dtype=torch.float32).to(dtype)
-                if len(mask) < num_patches:  # all columns all the same: the product's own blocking must not shift
+                if is_library and len(mask) < num_patches:  # all columns all the same: its own blocking must not shift
                     weights = F.pad(weights, (columns.start, num_patches - columns.stop))
-                out[rows] = weights @ v
+                out[rows] = product(weights, v if weights.shape[1] == num_patches else v[columns])
         return out

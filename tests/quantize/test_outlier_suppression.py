@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.quantize import outlier_suppression
 from saccade.quantize.outlier_suppression import (
     DecoderAttention,
     GateUp,
@@ -56,6 +57,26 @@ def test_the_winner_is_that_of_trying_every_candidate_whole(name: str, dtype: to
     found, expected = search(x, weight, objective), oracle.search(x, weight, result)
     assert torch.equal(found, expected)
     assert bool((found > 1).any())
+
+
+@pytest.mark.parametrize("name", ["decoder attention", "gate and up with bias", "gate and up"])
+def test_trying_candidates_with_fast_products_first_changes_no_winner(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows, fast = 300, 0
+    objective, result, num_outputs = objectives(num_rows, torch.bfloat16)[name]
+    weight = (torch.randn(num_outputs, H, generator=torch.Generator().manual_seed(4)) * 0.1).bfloat16()
+    x = activations(num_rows, torch.bfloat16, seed=5)
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        nonlocal fast
+        fast += 1
+        return (a.float() @ b.float()).to(a.dtype)
+
+    monkeypatch.setattr(outlier_suppression, "has_fast_products", lambda dtype: False)
+    monkeypatch.setattr(outlier_suppression, "product_in_float32", counted)
+    assert torch.equal(search(x, weight, objective), oracle.search(x, weight, result))
+    assert fast
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,11 +2,17 @@
 
     python benchmarks/quantize_memory.py                    all cases, into benchmarks/results/quantization-memory.json
     python benchmarks/quantize_memory.py 3b --layers 4 --vision-depth 4 --json /tmp/trial.json
+    python benchmarks/quantize_memory.py 3b --note "beside other work"     another case's result in the file stays
 
 Each case makes its checkpoint in a temporary folder (3B: 13 GB of disk with what is written beside it), removed afterwards.
 Random weights cost what trained ones do; accuracy measured on them says nothing. `small` has the size of the model on which
 msModelSlim took 475 s and 0.8 to 1.1 GB for m2 with two photos on one thread: exact mode does the same work, best mode its own.
 Photos are drawn unless --photos names a folder of some.
+
+Memory is the process's resident set as the kernel counts it (VmHWM, Linux): its own pages, and of mapped files (libraries, the hidden
+rows where they are many) those in memory at the time; `peak_anonymous_bytes` are its own pages alone. Files that are read and
+written, not mapped, lie in the page cache, which no process is charged for. Processor seconds are those of all its threads: beside
+other work they say more than the wall's.
 """
 
 from __future__ import annotations
@@ -15,12 +21,13 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -32,7 +39,7 @@ from saccade.quantize.drawn_samples import drawn
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quantization-memory.json"
-POLL_S = 0.05
+POLL_S = 0.2
 PHOTO_SIZES = ((640, 479), (500, 375))  # width, height
 
 
@@ -62,7 +69,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case. `said`: the command's first line and its last; `peak_memory_bytes`: the most its process held."""
+    """Of one case. `said`: the command's first line and its last; peaks: the most its process held (see above)."""
 
     case: str
     command: str
@@ -70,14 +77,27 @@ class Result:
     vision_depth: int | None
     threads: int
     seconds: float
+    processor_seconds: float
     peak_memory_bytes: int
+    peak_anonymous_bytes: int
     limit_bytes: float
     limit_s: float | None
     said: str
     day: str
+    note: str = ""
 
 
-def measure(name: str, case: Case, photos: Sequence[Path], extra: Sequence[str]) -> Result:
+@dataclass(frozen=True)
+class Cost:
+    """Of one process."""
+
+    seconds: float
+    processor_seconds: float
+    peak_memory_bytes: int
+    peak_anonymous_bytes: int
+
+
+def measure(name: str, case: Case, photos: Sequence[Path], extra: Sequence[str], note: str) -> Result:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         depth = [("--layers", case.layers), ("--vision-depth", case.vision_depth)]
@@ -89,30 +109,44 @@ def measure(name: str, case: Case, photos: Sequence[Path], extra: Sequence[str])
         options = [*case.options, "--threads", str(threads), *extra]
         places = {"model": str(work / "model"), "out": str(work / "out"), "photos": str(work / "photos")}
         command = [sys.executable, "-m", "saccade.cli", "quantize", *(option.format(**places) for option in options)]
-        seconds, peak, said = run(command)
+        cost, said = run(command)
     shown = " ".join(["saccade", "quantize", *options])
     return Result(
-        name, shown, case.layers, case.vision_depth, threads, round(seconds, 1), peak, case.limit_bytes, case.limit_s,
-        said.replace(temporary, "."), datetime.date.today().isoformat(),
+        name, shown, case.layers, case.vision_depth, threads, *astuple(cost), case.limit_bytes, case.limit_s,
+        said.replace(temporary, "."), datetime.date.today().isoformat(), note,
     )  # fmt: skip
 
 
-def run(command: Sequence[str]) -> tuple[float, int, str]:
-    """Seconds, peak bytes, and what it said. Exits with the command's own complaint if it made nothing."""
-    start, peak = time.perf_counter(), 0
+def run(command: Sequence[str]) -> tuple[Cost, str]:
+    """What it took, and what it said. Exits with the command's own complaint if it made nothing."""
+    start, before = time.perf_counter(), children_seconds()
+    peak, own = 0, 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watched = psutil.Process(process.pid)
     while process.poll() is None:
-        try:
-            peak = max(peak, watched.memory_info().rss)
-        except psutil.Error:  # it has just ended
-            break
+        held = memory(process.pid)
+        peak, own = max(peak, held.get("VmHWM", 0)), max(own, held.get("RssAnon", 0))
         time.sleep(POLL_S)
     out, _ = process.communicate()
     if process.returncode and "verified: fail" not in out:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{out}")
     lines = out.strip().splitlines()
-    return time.perf_counter() - start, peak, "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+    cost = Cost(round(time.perf_counter() - start, 1), round(children_seconds() - before, 1), peak, own)
+    return cost, "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+
+
+def memory(process: int) -> dict[str, int]:
+    """Bytes, by the kernel's names: VmHWM, the most it was, and RssAnon, among others; nothing once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def children_seconds() -> float:
+    """Processor seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def save_photos(folder: Path, photos: Sequence[Path], count: int) -> None:
@@ -138,25 +172,42 @@ def main() -> None:
     parser.add_argument(
         "--option", action="append", default=[], help="one more for saccade quantize, as --option=--no-verify"
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="in place of the case's own; one does not wait for the others where the machine is shared",
+    )
+    parser.add_argument("--note", default="", help="of the circumstances, kept with each result")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     photos = (
         sorted(path for path in options.photos.iterdir() if path.suffix in (".jpg", ".png")) if options.photos else []
     )
-    results: list[Result] = []
     for name in options.cases or CASES:
         case = CASES[name]
         case = replace(
-            case, layers=options.layers or case.layers, vision_depth=options.vision_depth or case.vision_depth
+            case,
+            threads=options.threads or case.threads,
+            layers=options.layers or case.layers,
+            vision_depth=options.vision_depth or case.vision_depth,
         )
-        results.append(measure(name, case, photos, options.option))
+        result = measure(name, case, photos, options.option, options.note)
         print(
-            f"{name}: {results[-1].seconds} s, {gigabytes(results[-1].peak_memory_bytes)}; {results[-1].said}",
+            f"{name}: {result.seconds} s, {result.processor_seconds} s of processors, {gigabytes(result.peak_memory_bytes)}"
+            f" ({gigabytes(result.peak_anonymous_bytes)} its own); {result.said}",
             flush=True,
         )
-        machine = {"processor": processor_name(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
-        entry = {"machine": machine, "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        keep(options.json, result)
+
+
+def keep(file: Path, result: Result) -> None:
+    """In place of the case's result in `file`, if that is of the same machine."""
+    machine = {"processor": processor_name(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    others = known["results"] if known.get("machine") == machine else []
+    of_case = {entry["case"]: entry for entry in [*others, asdict(result)]}
+    results = [of_case[name] for name in CASES if name in of_case]
+    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

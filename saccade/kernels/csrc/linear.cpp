@@ -67,7 +67,12 @@ void linear_of(const LinearCall& call) {
 void linear_of_many(const LinearCall& call);  // linear_many.cpp
 
 namespace {
-constexpr int64_t MANY_ROWS = 5;        // rows of x from which on staging weights pays
+// Rows of x from which on staging weights pays.
+#if defined(SACCADE_PAIRS)
+constexpr int64_t MANY_ROWS = 9;
+#else
+constexpr int64_t MANY_ROWS = 5;
+#endif
 constexpr int64_t MANY_ROWS_DENSE = 9;  // as fast either way from 5 on; up to here a row has the bits it has alone (alike_rows)
 
 // Some layers are staged for any number of rows.

@@ -33,7 +33,15 @@ struct FixedBlock {
   float scale[FLOATS];    // the same in all
 };
 
-// V: int8_t, BFloat16, float or FixedBlock.
+#if defined(SACCADE_PAIRS)
+// x in whole numbers, as many columns as a vector of nibbles has: those of the low nibbles, then those of the high ones.
+struct WholeBlock {
+  alignas(BYTES) int8_t values[2][BYTES];
+  int16_t start[BYTES / 2];  // -8 times the sums of what meets in 16 bits, as nibbles are taken 8 too large
+};
+#endif
+
+// V: int8_t, int16_t for the same numbers, BFloat16, float or a block.
 template <class V>
 struct Input {
   V* values;         // [M, stride]
@@ -122,6 +130,33 @@ void take_row(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out, 
     out.offsets[row] = PRODUCT_OFFSET * sum;
   }
 }
+
+// The same in 16 bits.
+template <class T>
+void take_row(const SaccadeLinear& layer, const T* x, const Input<int16_t>& out, int16_t* values, int64_t row) {
+  const auto narrow = static_cast<int8_t*>(scratch(SCRATCH_OTHER, out.stride));
+  take_row(layer, x, Input<int8_t>{narrow, out.stride, out.scales, out.offsets}, narrow, row);
+  for (int64_t i = 0; i < out.stride; ++i) values[i] = narrow[i];
+}
+
+#if defined(SACCADE_PAIRS)
+template <class T>
+void take_row(const SaccadeLinear& layer, const T* x, const Input<WholeBlock>& out, WholeBlock* block, int64_t row) {
+  const int64_t stride = out.stride * PACKED_COLUMNS;
+  const auto narrow = static_cast<int8_t*>(scratch(SCRATCH_OTHER, stride));
+  take_row(layer, x, Input<int8_t>{narrow, stride, out.scales, out.offsets}, narrow, row);
+  constexpr int64_t HALF = RUN / 2;
+  for (const int8_t* from = narrow; from < narrow + stride; from += PACKED_COLUMNS, ++block) {
+    for (int64_t run = 0; run < RUNS; ++run) {
+      memcpy(block->values[0] + run * HALF, from + run * RUN, HALF);
+      memcpy(block->values[1] + run * HALF, from + run * RUN + HALF, HALF);
+    }
+    const auto& [low, high] = block->values;
+    for (int64_t i = 0; i < BYTES / 2; ++i)
+      block->start[i] = static_cast<int16_t>(-8 * (low[2 * i] + low[2 * i + 1] + high[2 * i] + high[2 * i + 1]));
+  }
+}
+#endif
 
 // x: `count` columns of a row, at most PACKED_COLUMNS.
 template <class T>
@@ -217,6 +252,12 @@ template <>
 inline int64_t row_stride<FixedBlock>(int64_t columns) {
   return (columns + PACKED_COLUMNS - 1) / PACKED_COLUMNS;
 }
+#if defined(SACCADE_PAIRS)
+template <>
+inline int64_t row_stride<WholeBlock>(int64_t columns) {
+  return row_stride<FixedBlock>(columns);
+}
+#endif
 
 // All rows of x, in memory of this thread that lives until its next linear. arrange(values) sees each row once it is there.
 template <class T, class V, class Function>

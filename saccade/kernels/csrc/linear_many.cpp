@@ -12,9 +12,9 @@ using WholeProduct = TileProduct<int8_t>;
 using PairsProduct = TileProduct<BFloat16>;
 constexpr int OFFSET = 0;
 #else
-using WholeProduct = VectorProduct<WholeWords>;
+using WholeProduct = VectorProduct<EachWord<WholeWords>>;
 #if defined(__AVX512BF16__)
-using PairsProduct = VectorProduct<PairWords>;
+using PairsProduct = VectorProduct<EachWord<PairWords>>;
 #endif
 constexpr int OFFSET = WholeWords::OFFSET;
 #endif
@@ -38,12 +38,16 @@ void multiply_any(const LinearCall& call) {
   switch (call.layer.scheme) {
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_many<T, WholeProduct, StagedRows<V, int8_t, OFFSET>>(call);
+#if defined(SACCADE_PAIRS)
+    case SACCADE_W4A8: return multiply_many<T, VectorProduct<EachRun>, StagedRuns>(call);
+#else
     case SACCADE_W4A8: return multiply_many<T, WholeProduct, StagedWholeNibbles<V, OFFSET>>(call);
+#endif
   }
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) return multiply_floats<T, PairsProduct>(call);
 #endif
-  multiply_floats<T, VectorProduct<FloatWords>>(call);
+  multiply_floats<T, VectorProduct<EachWord<FloatWords>>>(call);
 }
 
 }  // namespace

@@ -53,7 +53,13 @@ void take_words(const SaccadeLinear& layer, const T* x, const Input<int8_t>& out
 }
 template <class T>
 void take_words(const SaccadeLinear& layer, const T* x, const Input<int16_t>& out, int16_t* values, int64_t row) {
-  take_whole(layer, x, out, values, row);
+  take_row(layer, x, out, values, row);
+}
+template <class T>
+void take_words(const SaccadeLinear& layer, const T* x, const Input<uint8_t>& out, uint8_t* values, int64_t row) {
+  const auto whole = reinterpret_cast<int8_t*>(values);
+  take_row(layer, x, Input<int8_t>{whole, out.stride, out.scales, out.offsets}, whole, row);
+  for (int64_t i = 0; i < out.stride; ++i) values[i] ^= 128;  // adds 128
 }
 template <class T, class V>
 void take_words(const SaccadeLinear& layer, const T* x, const Input<V>& out, V* values, int64_t row) {
@@ -154,10 +160,10 @@ void multiply_many(const LinearCall& call) {
   const int64_t least_turns = (num_words + Product::MOST_WORDS - 1) / Product::MOST_WORDS;
   const int64_t turn = round_up((num_words + least_turns - 1) / least_turns, TURN_WORDS);
   const bool is_one_turn = turn >= num_words;
-  const int64_t staged_words = round_up(smaller(turn, num_words), STAGE_WORDS<Value>);
+  const int64_t staged = staged_words<Weights>(smaller(turn, num_words));
   // Blocks of outputs in as many pieces for each thread, none larger than what is staged.
   const int64_t blocks = (outputs + OUTPUTS - 1) / OUTPUTS;
-  const int64_t fit = Product::STAGED_BYTES / (staged_words * WORD * OUTPUTS);
+  const int64_t fit = Product::STAGED_BYTES / (staged * WORD * OUTPUTS);
   const int64_t most = fit < 1 ? 1 : smaller(fit, 256 / OUTPUTS);
   const int64_t num_pieces = smaller(blocks, round_up((blocks + most - 1) / most, num_threads()));
   const int64_t chunk = is_one_turn ? call.rows : Product::SUMMED_ROWS;
@@ -165,7 +171,7 @@ void multiply_many(const LinearCall& call) {
   Pieces pieces(num_pieces);
   parallel([&](int, int) {
     Product::begin();
-    const auto staged = static_cast<uint32_t*>(scratch(SCRATCH_PANEL, most * OUTPUTS * staged_words * WORD));
+    const auto panels = static_cast<uint32_t*>(scratch(SCRATCH_PANEL, most * OUTPUTS * staged * WORD));
     const int64_t kept_blocks = is_one_turn ? 2 : round_up(smaller(chunk, call.rows), ROWS) / ROWS * most;
     const auto sums = static_cast<Number*>(scratch(SCRATCH_SUMS, kept_blocks * BLOCK * sizeof(Number)));
     void* const finishing = scratch(SCRATCH_ROWS, 3 * most * OUTPUTS * sizeof(float));
@@ -177,15 +183,15 @@ void multiply_many(const LinearCall& call) {
       for (int64_t first_row = 0; first_row < call.rows; first_row += chunk) {
         const int64_t last_row = smaller(first_row + chunk, call.rows);
         for (int64_t word = 0; word < num_words; word += turn) {
-          const int64_t count = smaller(turn, num_words - word), w_stride = round_up(count, STAGE_WORDS<Value>) * PANEL;
+          const int64_t count = smaller(turn, num_words - word), w_stride = staged_words<Weights>(count) * PANEL;
           for (int64_t n = 0; n < num_blocks * OUTPUTS; n += PANEL)
-            stage(weights, first + n, smaller(width - n, PANEL), word, count, staged + n / PANEL * w_stride);
+            stage(weights, first + n, smaller(width - n, PANEL), word, count, panels + n / PANEL * w_stride);
           int64_t turned = 0;  // blocks of this turn
           for (int64_t row = first_row; row < last_row; row += ROWS) {
             const int64_t rows = smaller(last_row - row, ROWS);
             for (int64_t n = 0; n < num_blocks; ++n, ++turned) {
               Number* const kept = sums + (is_one_turn ? turned % 2 : turned) * BLOCK;
-              Product::multiply(rows, x.block(row, word), x.block_stride(), staged + n * Product::PANELS * w_stride, w_stride,
+              Product::multiply(rows, x.block(row, word), x.block_stride(), panels + n * Product::PANELS * w_stride, w_stride,
                                 count, kept, word == 0, [&] { waiting.some(); });
               waiting.rest();
               if (word + count == num_words) waiting.begin(kept, row, rows, n * OUTPUTS);

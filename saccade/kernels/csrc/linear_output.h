@@ -6,9 +6,8 @@
 namespace saccade::SACCADE_ISA {
 
 // `count` outputs of one row of y, from `output` on.
-template <class T>
-void finish(const LinearCall& call, const Input<int8_t>& x, const int32_t* sums, int64_t row, int64_t output,
-            int64_t count) {
+template <class T, class V>
+void finish(const LinearCall& call, const Input<V>& x, const int32_t* sums, int64_t row, int64_t output, int64_t count) {
   const SaccadeLinear& layer = call.layer;
   T* y = static_cast<T*>(call.y) + row * layer.out_features + output;
   if (layer.scheme == SACCADE_W8A8) {

@@ -18,9 +18,14 @@ constexpr int VECTOR_ROWS = 6, VECTOR_PANELS = 1, VECTOR_BYTES = 32;  // 12 sums
 #else
 constexpr int VECTOR_ROWS = 2, VECTOR_PANELS = 1, VECTOR_BYTES = 16;  // 8 sums in 16 registers
 #endif
-typedef int32_t PanelWords __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t PanelWords __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t WordsInMemory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef float PanelFloats __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int VECTOR_WORDS = VECTOR_BYTES / WORD;
+constexpr int VECTOR_WORDS = VECTOR_BYTES / WORD, EACH_PANEL = PANEL / VECTOR_WORDS;  // vectors of a panel's word
+constexpr int VECTORS = VECTOR_PANELS * EACH_PANEL, VECTOR_OUTPUTS = VECTOR_PANELS * PANEL;
+
+inline WordsInMemory& words_at(void* p, int vector) { return static_cast<WordsInMemory*>(p)[vector]; }
+inline PanelWords load_words_at(const void* p, int vector) { return static_cast<const WordsInMemory*>(p)[vector]; }
 
 // add(sum, w, x): the products of a vector of words of weights with one of x in all lanes.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -81,15 +86,94 @@ struct PairWords {
 };
 #endif
 
+// Word after word of x and weights, added by W. Functions of their own: where they were inlined, sums had no registers left.
 template <class W>
-struct VectorProduct {
+struct EachWord {
   using Value = typename W::Value;
   using Number = typename W::Number;
-  static constexpr int64_t ROWS = VECTOR_ROWS, PANELS = VECTOR_PANELS, OUTPUTS = PANELS * PANEL;
-  static constexpr int64_t MOST_WORDS = 512;             // of each output that are staged: a block of x stays in the first-level cache
-  static constexpr int64_t STAGED_BYTES = 256 << 10;     // of all outputs: they stay in the second
-  static constexpr int64_t SUMMED_ROWS = 384;            // whose sums are kept where words take several turns: 192 KiB
   static constexpr int OFFSET = W::OFFSET;
+
+  template <int COUNT>
+  [[gnu::noinline]] static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
+                            Number* sums, bool is_first) {
+    PanelWords sum[COUNT][VECTORS];
+#pragma GCC unroll 8  // here and below: else sums live in memory
+    for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = is_first ? PanelWords{} : load_words_at(sums + r * VECTOR_OUTPUTS, v);
+    for (int64_t k = 0; k < count; ++k, w += PANEL) {
+      PanelWords columns[VECTORS];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) columns[v] = load_words_at(w + v / EACH_PANEL * w_stride, v % EACH_PANEL);
+#pragma GCC unroll 8
+      for (int r = 0; r < COUNT; ++r) {
+        const PanelWords row = PanelWords{} + static_cast<int32_t>(x[r * x_stride + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = W::add(sum[r][v], columns[v], row);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) words_at(sums + r * VECTOR_OUTPUTS, v) = sum[r][v];
+  }
+};
+
+#if defined(SACCADE_PAIRS)
+// Runs of nibbles: 32 columns are added up in 16 bits, which hold 8 products of a pair, each at most 2 * 255 * 8.
+struct EachRun {
+  using Value = uint8_t;
+  using Number = int32_t;
+  static constexpr int OFFSET = 0;
+
+  template <int COUNT>
+  [[gnu::noinline]] static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
+                            Number* sums, bool is_first) {
+    if (is_first) memset(sums, 0, COUNT * VECTOR_OUTPUTS * sizeof(Number));
+    const auto panel = [&](int v, int64_t word) { return load_words_at(w + v / EACH_PANEL * w_stride + word * PANEL, v % EACH_PANEL); };
+    for (int64_t k = 0; k < count; k += StagedRuns::RUN_WORDS, w += StagedRuns::ALL * PANEL) {
+      Int8 pairs[COUNT][VECTORS];
+#pragma GCC unroll 8
+      for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) pairs[r][v] = (Int8)panel(v, StagedRuns::STARTS);
+#pragma GCC unroll 1
+      for (int64_t word = 0; word < StagedRuns::RUN_WORDS; ++word) {
+        Int8 columns[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) columns[v] = (Int8)panel(v, word);
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT; ++r) {
+          const PanelWords row = PanelWords{} + static_cast<int32_t>(x[r * x_stride + k + word]);
+#pragma GCC unroll 8
+          for (int v = 0; v < VECTORS; ++v) {
+            pairs[r][v] = add_pairs(pairs[r][v], multiply_pairs((Int8)row, columns[v]));
+            asm("" : "+x"(pairs[r][v]));  // now, in a register: else products are made far ahead of their sums, which end up in memory
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) {
+        const Int8 scales = (Int8)panel(v, StagedRuns::SCALES);
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT; ++r) {
+          WordsInMemory& sum = words_at(sums + r * VECTOR_OUTPUTS, v);
+          sum = (PanelWords)multiply_words((Int8)(PanelWords)sum, pairs[r][v], scales);
+        }
+      }
+    }
+  }
+};
+#endif
+
+// W says how rows of x and vectors of panels are multiplied.
+template <class W>
+struct VectorProduct : W {
+  using typename W::Number;
+  static constexpr int64_t ROWS = VECTOR_ROWS, PANELS = VECTOR_PANELS, OUTPUTS = VECTOR_OUTPUTS;
+  static constexpr int64_t MOST_WORDS = 1024;            // of each output that are staged: a block of x stays in the first-level cache
+  static constexpr int64_t STAGED_BYTES = 192 << 10;     // of all outputs: they stay in the second
+  static constexpr int64_t SUMMED_ROWS = 192;            // whose sums are kept where words take several turns
   static constexpr int64_t INPUT_ROWS = 1;               // x: rows of words
 
   static void begin() {}
@@ -100,38 +184,17 @@ struct VectorProduct {
   static void multiply(int64_t rows, const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
                        Number* sums, bool is_first, Between&&) {
     switch (rows) {
-      case 1: return multiply_rows<1>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 2: return multiply_rows<2>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 3: return multiply_rows<smaller(3, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 4: return multiply_rows<smaller(4, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 5: return multiply_rows<smaller(5, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      default: return multiply_rows<ROWS>(x, x_stride, w, w_stride, count, sums, is_first);
+      case 1: return W::template multiply_rows<1>(x, x_stride, w, w_stride, count, sums, is_first);
+      case 2: return W::template multiply_rows<2>(x, x_stride, w, w_stride, count, sums, is_first);
+      case 3: return W::template multiply_rows<smaller(3, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
+      case 4: return W::template multiply_rows<smaller(4, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
+      case 5: return W::template multiply_rows<smaller(5, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
+      default: return W::template multiply_rows<ROWS>(x, x_stride, w, w_stride, count, sums, is_first);
     }
   }
 
  private:
   static constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-  template <int COUNT>
-  static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
-                            Number* sums, bool is_first) {
-    constexpr int EACH = PANEL / VECTOR_WORDS, VECTORS = PANELS * EACH;
-    PanelWords sum[COUNT][VECTORS];
-    for (int r = 0; r < COUNT; ++r)
-      for (int v = 0; v < VECTORS; ++v)
-        sum[r][v] = is_first ? PanelWords{} : *reinterpret_cast<const PanelWords*>(sums + r * OUTPUTS + v * VECTOR_WORDS);
-    for (int64_t k = 0; k < count; ++k, w += PANEL) {
-      PanelWords columns[VECTORS];
-      for (int v = 0; v < VECTORS; ++v)
-        columns[v] = *reinterpret_cast<const PanelWords*>(w + v / EACH * w_stride + v % EACH * VECTOR_WORDS);
-      for (int r = 0; r < COUNT; ++r) {
-        const PanelWords row = PanelWords{} + static_cast<int32_t>(x[r * x_stride + k]);
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = W::add(sum[r][v], columns[v], row);
-      }
-    }
-    for (int r = 0; r < COUNT; ++r)
-      for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<PanelWords*>(sums + r * OUTPUTS + v * VECTOR_WORDS) = sum[r][v];
-  }
 };
 
 // --- AMX: tiles of 16 rows or outputs and 16 words ---

@@ -4,8 +4,8 @@
 // holds the first word of each of 16 outputs, then the second of each, and so on: a vector of it times one word of x is 16 sums,
 // and 16 words of it are a tile of AMX. Rows are widened by plain loops, which compilers turn into vectors, and transposed.
 //
-// A kind of weights says: Value, what a word consists of, and widen(row, first, count, to), which writes `count` values of a row;
-// `first` is a multiple of 64, and so is `count` but at the end of a row.
+// A kind of weights says: Value, what a word consists of; widen(row, first, count, to), which writes `count` values of a row;
+// `first` is a multiple of 64, and so is `count` but at the end of a row; and STAGED, how many words of a panel 64 columns take.
 #pragma once
 
 #include "linear_weights.h"
@@ -16,6 +16,10 @@ constexpr int64_t PANEL = 16;
 constexpr int64_t WORD = 4;  // bytes
 template <class V>
 constexpr int64_t per_word = WORD / static_cast<int64_t>(sizeof(V));
+
+constexpr int64_t STAGE_COLUMNS = 64;  // of each output at once
+template <class V>
+constexpr int64_t STAGE_WORDS = STAGE_COLUMNS / per_word<V>;
 
 // --- widening ---
 
@@ -53,6 +57,7 @@ void widen_one(From from, BFloat16* to) {  // a number with eight significant bi
 template <class V, class S, int OFFSET = 0>
 struct StagedRows {
   using Value = V;
+  static constexpr int64_t STAGED = STAGE_WORDS<V>;
   const S* values;
   int64_t columns;
 
@@ -105,6 +110,7 @@ struct StagedNibbles {
 template <class V, int OFFSET>
 struct StagedWholeNibbles : StagedNibbles {  // times their group's scale, which fits int8
   using Value = V;
+  static constexpr int64_t STAGED = STAGE_WORDS<V>;
   const int8_t* scales;
   explicit StagedWholeNibbles(const SaccadeLinear& layer) : StagedNibbles(layer), scales(layer.group_scale) {}
 
@@ -122,9 +128,28 @@ struct StagedWholeNibbles : StagedNibbles {  // times their group's scale, which
   }
 };
 
+#if defined(SACCADE_PAIRS)
+// Nibbles as they are, and how the products of a run of 32 columns become whole numbers. Of each run a panel has 8 words of int8, then
+// the group's scale in both halves of a word, then what sums of pairs start with where x is 128 too large: -128 times the run's
+// nibbles that meet in 16 bits.
+struct StagedRuns : StagedNibbles {
+  using Value = uint8_t;
+  static constexpr int64_t RUN_WORDS = NIBBLE_RUN / WORD, SCALES = RUN_WORDS, STARTS = RUN_WORDS + 1, ALL = RUN_WORDS + 2;
+  static constexpr int64_t STAGED = STAGE_WORDS<uint8_t> / RUN_WORDS * ALL;
+  const int8_t* scales;
+  explicit StagedRuns(const SaccadeLinear& layer) : StagedNibbles(layer), scales(layer.group_scale) {}
+
+  void widen(int64_t row, int64_t first, int64_t count, uint8_t* to) const {
+    for (int64_t i = 0; i < count; i += NIBBLE_RUN)
+      look_up_run(address(row, first + i), NIBBLE_TABLES<0>.rows[1], reinterpret_cast<int8_t*>(to) + i);
+  }
+};
+#endif
+
 template <class V>
 struct StagedFloatNibbles : StagedNibbles {  // times their group's scale, rounded to V
   using Value = V;
+  static constexpr int64_t STAGED = STAGE_WORDS<V>;
   const float* scales;
   const int8_t* zeros;
   explicit StagedFloatNibbles(const SaccadeLinear& layer)
@@ -144,7 +169,10 @@ struct StagedFloatNibbles : StagedNibbles {  // times their group's scale, round
 // --- panels ---
 
 // to[word][row] = from[row][word] of 16 rows of 16 words; rows of `from` lie `stride` words apart.
-inline void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to) {
+// After every 8 words GAP others are left out.
+template <int64_t GAP = 0>
+void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to) {
+  const auto at = [&](int64_t word) { return to + (word + word / 8 * GAP) * PANEL; };
 #if defined(__AVX512F__)
   __m512i rows[16], half[16];
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(from + i * stride);
@@ -165,10 +193,10 @@ inline void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to) 
     half[12 + i] = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xDD);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm512_store_si512(to + i * PANEL, _mm512_shuffle_i32x4(half[i], half[8 + i], 0x88));
-    _mm512_store_si512(to + (8 + i) * PANEL, _mm512_shuffle_i32x4(half[i], half[8 + i], 0xDD));
-    _mm512_store_si512(to + (4 + i) * PANEL, _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0x88));
-    _mm512_store_si512(to + (12 + i) * PANEL, _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0xDD));
+    _mm512_store_si512(at(i), _mm512_shuffle_i32x4(half[i], half[8 + i], 0x88));
+    _mm512_store_si512(at(8 + i), _mm512_shuffle_i32x4(half[i], half[8 + i], 0xDD));
+    _mm512_store_si512(at(4 + i), _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0x88));
+    _mm512_store_si512(at(12 + i), _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0xDD));
   }
 #elif defined(__AVX2__)
   for (int row = 0; row < 16; row += 8)
@@ -186,20 +214,23 @@ inline void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to) 
         rows[i + 3] = _mm256_shuffle_ps(half[i + 1], half[i + 3], 0xEE);
       }
       for (int i = 0; i < 4; ++i) {
-        const auto out = [&](int j) { return reinterpret_cast<float*>(to + (word + j) * PANEL + row); };
+        const auto out = [&](int j) { return reinterpret_cast<float*>(at(word + j) + row); };
         _mm256_store_ps(out(i), _mm256_permute2f128_ps(rows[i], rows[4 + i], 0x20));
         _mm256_store_ps(out(4 + i), _mm256_permute2f128_ps(rows[i], rows[4 + i], 0x31));
       }
     }
 #else
   for (int word = 0; word < 16; ++word)
-    for (int row = 0; row < 16; ++row) to[word * PANEL + row] = from[row * stride + word];
+    for (int row = 0; row < 16; ++row) at(word)[row] = from[row * stride + word];
 #endif
 }
 
-constexpr int64_t STAGE_COLUMNS = 64;  // of each output at once
-template <class V>
-constexpr int64_t STAGE_WORDS = STAGE_COLUMNS / per_word<V>;
+// Of a panel that stages `count` words of each output.
+template <class Weights>
+int64_t staged_words(int64_t count) {
+  constexpr int64_t EACH = STAGE_WORDS<typename Weights::Value>;
+  return (count + EACH - 1) / EACH * Weights::STAGED;
+}
 
 // Words [first, first + count) of 16 outputs from `output` on, of which `present` exist. Zeros fill words up to a multiple of
 // STAGE_WORDS, and outputs.
@@ -224,5 +255,34 @@ void stage(const Weights& weights, int64_t output, int64_t present, int64_t firs
     for (int64_t some = 0; some < WORDS; some += 16, panel += 16 * PANEL) transpose_words(&rows[0][some], WORDS, panel);
   }
 }
+
+#if defined(SACCADE_PAIRS)
+inline void stage(const StagedRuns& weights, int64_t output, int64_t present, int64_t first, int64_t count, uint32_t* panel) {
+  constexpr int64_t RUNS = STAGE_COLUMNS / NIBBLE_RUN, VECTOR = BYTES / WORD;
+  alignas(64) uint32_t rows[PANEL][STAGE_COLUMNS / WORD] = {};
+  for (int64_t column = first * WORD; column < (first + count) * WORD; column += STAGE_COLUMNS) {
+    const int64_t width = weights.columns - column < STAGE_COLUMNS ? weights.columns - column : STAGE_COLUMNS;
+    if (width < STAGE_COLUMNS) memset(rows, 0, sizeof rows);
+    for (int64_t n = 0; n < present; ++n) {
+      weights.widen(output + n, column, width, reinterpret_cast<uint8_t*>(rows[n]));
+      __builtin_prefetch(weights.address(output + PANEL + n, column), 0, 2);
+    }
+    transpose_words<StagedRuns::ALL - StagedRuns::RUN_WORDS>(&rows[0][0], STAGE_COLUMNS / WORD, panel);
+    for (int64_t run = 0; run < RUNS; ++run, panel += StagedRuns::ALL * PANEL) {
+      uint32_t* const scales = panel + StagedRuns::SCALES * PANEL;
+      memset(scales, 0, PANEL * WORD);
+      if (run * NIBBLE_RUN < width)
+        for (int64_t n = 0; n < present; ++n)
+          scales[n] = 0x10001u * static_cast<uint8_t>(weights.scales[weights.group(output + n, column + run * NIBBLE_RUN)]);
+      for (int64_t n = 0; n < PANEL; n += VECTOR) {
+        Int8 sums = zero_sum();
+        for (int64_t word = 0; word < StagedRuns::RUN_WORDS; ++word)
+          sums = add_pairs(sums, multiply_pairs(each_byte(128), load(reinterpret_cast<int8_t*>(panel + word * PANEL + n))));
+        store(panel + StagedRuns::STARTS * PANEL + n, subtract_pairs(zero_sum(), sums));
+      }
+    }
+  }
+}
+#endif
 
 }  // namespace saccade::SACCADE_ISA

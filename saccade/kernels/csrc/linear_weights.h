@@ -71,15 +71,20 @@ inline Int8 load_packed_part(const uint8_t* p, int64_t columns) {
 // --- in whole numbers ---
 
 struct Integers {
-  using Value = int8_t;
   using Number = int32_t;  // of a sum
   using Sum = SACCADE_ISA::Sum;
   using Right = SACCADE_ISA::Right;
-  static constexpr int STEP = BYTES;
+  static constexpr int STEP = BYTES, PARTS = 2;
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_sum(); }
-  static void arrange(int8_t*, int64_t) {}
+#if defined(SACCADE_PAIRS)
+  using Value = int16_t;
+  static Right input(const int16_t* x) { return {load(x), load(x + BYTES / 2)}; }
+#else
+  using Value = int8_t;
   static Right input(const int8_t* x) { return right(load(x)); }
+#endif
+  static void arrange(Value*, int64_t) {}
 };
 
 struct Bytes : RowMajor<int8_t, Integers> {
@@ -100,6 +105,51 @@ struct NibbleTables {
 };
 template <int OFFSET>
 constexpr NibbleTables<OFFSET> NIBBLE_TABLES;
+
+#if defined(SACCADE_PAIRS)
+
+struct PairsLeft {
+  Int8 low, high, scale;
+};
+inline Sum multiply_add(Sum sum, const PairsLeft& w, const WholeBlock& x) {
+  Int8 pairs = add_pairs(load(x.start), multiply_pairs(w.low, load(x.values[0])));
+  pairs = add_pairs(pairs, multiply_pairs(w.high, load(x.values[1])));
+  return multiply_words(sum, pairs, w.scale);
+}
+
+// Nibbles 8 too large are unsigned, so that their products add up in 16 bits; the group's scale follows once for each sum.
+// IS_FINE: groups may have fewer columns than a vector of nibbles.
+template <bool IS_FINE>
+struct Nibbles : NibbleRows<Integers> {
+  static constexpr bool HAS_END = IS_FINE;  // rows are whole groups
+  const int8_t* scales;
+
+  explicit Nibbles(const SaccadeLinear& layer) : NibbleRows(layer), scales(layer.group_scale) {}
+
+  using Value = WholeBlock;
+  using Right = const WholeBlock&;
+  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = 1;
+  static void arrange(WholeBlock*, int64_t) {}
+  static Right input(const WholeBlock* x) { return *x; }
+
+  using Group = Int8;
+  Group group(int64_t row, int64_t column) const {
+    if constexpr (!IS_FINE) return each_run(static_cast<int16_t>(of_group(scales, groups.number(row, column))));
+    int16_t each[RUNS];
+    for (int64_t run = 0; run < RUNS; ++run) each[run] = of_group(scales, groups.number_or_last(row, column + run * RUN));
+    return each_run(each);
+  }
+  static PairsLeft split(Int8 packed, const Group& scale) {
+    const Int8 unsigned_nibbles = flip_nibbles(packed);
+    return {low_nibbles(unsigned_nibbles), high_nibbles(unsigned_nibbles), scale};
+  }
+  static PairsLeft at(const uint8_t* from, const Group& scale) { return split(load_packed(from), scale); }
+  static PairsLeft end(const uint8_t* from, int64_t count, const Group& scale) {  // x is zero beyond the row
+    return split(load_packed_part(from, count), scale);
+  }
+};
+
+#else
 
 struct TwoLeft {
   Left low, high;
@@ -151,6 +201,8 @@ struct Nibbles : NibbleRows<Integers> {
   }
 };
 
+#endif
+
 // --- in float32 ---
 
 struct Floats {
@@ -158,7 +210,7 @@ struct Floats {
   using Number = float;
   using Sum = Float;
   using Right = Float;
-  static constexpr int STEP = FLOATS;
+  static constexpr int STEP = FLOATS, PARTS = 2;
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_float(); }
   static void arrange(float*, int64_t) {}
@@ -235,7 +287,7 @@ struct FixedNibbles : NibbleRows<Floats> {
 
   using Value = FixedBlock;
   using Right = const FixedBlock&;
-  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = 1;
+  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = 1, PARTS = 1;
   static void arrange(FixedBlock*, int64_t) {}
   static Right input(const FixedBlock* x) { return *x; }
 
@@ -279,7 +331,7 @@ struct Pairs {
   using Number = float;
   using Sum = Float;
   using Right = __m512i;
-  static constexpr int STEP = 32;
+  static constexpr int STEP = 32, PARTS = 1;
   static constexpr bool HAS_END = true;
   static Sum zero() { return zero_float(); }
   static void arrange(BFloat16*, int64_t) {}

@@ -1,7 +1,8 @@
 // Vectors of the instruction set this file is compiled for: loads, products of whole numbers, and sums. Knows no layers.
 //
 // A vector of int8 has BYTES columns. A product of int8 and int8 is exact: where the processor multiplies unsigned by signed
-// (VNNI), the weight w becomes w + 128, and 128 times the sum of x is taken off again (PRODUCT_OFFSET).
+// (VNNI), the weight w becomes w + 128, and 128 times the sum of x is taken off again (PRODUCT_OFFSET). SACCADE_PAIRS: where x86 has no
+// VNNI, bytes are widened to 16 bits; nibbles are not, as pairs of their products, unsigned by signed, fit 16 bits (multiply_pairs).
 #pragma once
 
 #include <stdint.h>
@@ -16,8 +17,7 @@ namespace saccade::SACCADE_ISA {
 #if defined(__AVX512BW__)
 
 constexpr int BYTES = 64;
-constexpr int BLOCK_OUTPUTS = 4, BLOCK_ROWS = 4;  // accumulators that fit the registers
-constexpr int STREAM_ROWS = 8;                    // the same for one output
+constexpr int STREAM_ROWS = 8;  // whose sums with one output fit the registers
 using Int8 = __m512i;
 using Sum = __m512i;
 
@@ -51,6 +51,7 @@ inline Left ready(Int8 w) { return w; }  // has PRODUCT_OFFSET already
 inline Right right(Int8 x) { return x; }
 inline Sum multiply_add(Sum sum, Left w, Right x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
+#define SACCADE_PAIRS 1
 constexpr int32_t PRODUCT_OFFSET = 0;
 struct Left {
   __m512i low, high;
@@ -59,8 +60,17 @@ using Right = Left;
 inline Left left(Int8 w) {
   return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(w)), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(w, 1))};
 }
-inline Left ready(Int8 w) { return left(w); }
-inline Right right(Int8 x) { return left(x); }
+inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm512_maddubs_epi16(u, s); }
+inline Int8 add_pairs(Int8 a, Int8 b) { return _mm512_add_epi16(a, b); }
+inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm512_sub_epi16(a, b); }
+inline Int8 each_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+inline void store(void* p, Int8 values) { _mm512_storeu_si512(p, values); }
+inline Int8 each_run(const int16_t (&values)[BYTES / 16]) {  // 16 bytes are a run of 32 columns
+  const __m256i first = _mm256_inserti128_si256(_mm256_set1_epi16(values[0]), _mm_set1_epi16(values[1]), 1);
+  const __m256i second = _mm256_inserti128_si256(_mm256_set1_epi16(values[2]), _mm_set1_epi16(values[3]), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+inline Int8 each_run(int16_t value) { return _mm512_set1_epi16(value); }
 inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
   sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.low, x.low));
   return _mm512_add_epi32(sum, _mm512_madd_epi16(w.high, x.high));
@@ -70,7 +80,6 @@ inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
 #elif defined(__AVX2__)
 
 constexpr int BYTES = 32;
-constexpr int BLOCK_OUTPUTS = 2, BLOCK_ROWS = 4;
 constexpr int STREAM_ROWS = 4;
 using Int8 = __m256i;
 using Sum = __m256i;
@@ -109,6 +118,7 @@ inline Left ready(Int8 w) { return w; }  // has PRODUCT_OFFSET already
 inline Right right(Int8 x) { return x; }
 inline Sum multiply_add(Sum sum, Left w, Right x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
+#define SACCADE_PAIRS 1
 constexpr int32_t PRODUCT_OFFSET = 0;
 struct Left {
   __m256i low, high;
@@ -117,8 +127,15 @@ using Right = Left;
 inline Left left(Int8 w) {
   return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1))};
 }
-inline Left ready(Int8 w) { return left(w); }
-inline Right right(Int8 x) { return left(x); }
+inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm256_maddubs_epi16(u, s); }
+inline Int8 add_pairs(Int8 a, Int8 b) { return _mm256_add_epi16(a, b); }
+inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm256_sub_epi16(a, b); }
+inline Int8 each_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+inline void store(void* p, Int8 values) { _mm256_storeu_si256(static_cast<__m256i*>(p), values); }
+inline Int8 each_run(const int16_t (&values)[BYTES / 16]) {  // 16 bytes are a run of 32 columns
+  return _mm256_inserti128_si256(_mm256_set1_epi16(values[0]), _mm_set1_epi16(values[1]), 1);
+}
+inline Int8 each_run(int16_t value) { return _mm256_set1_epi16(value); }
 inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.low, x.low));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(w.high, x.high));
@@ -128,7 +145,6 @@ inline Sum multiply_add(Sum sum, const Left& w, const Right& x) {
 #else  // any processor: loops that compilers turn into vectors
 
 constexpr int BYTES = 32;
-constexpr int BLOCK_OUTPUTS = 1, BLOCK_ROWS = 1;
 constexpr int STREAM_ROWS = 1;
 constexpr int32_t PRODUCT_OFFSET = 0;
 struct Int8 {

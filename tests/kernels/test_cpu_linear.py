@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -154,8 +155,8 @@ def test_the_extremes_are_exact(kernels: Kernels, low: int) -> None:
     scheme, scale = (W8A8, None) if low == -128 else (W4A8[32], torch.full((18, columns // 32), 16, dtype=torch.int8))
     whole = torch.full((18, columns), low, dtype=torch.int8)
     static = Static(torch.ones(1), torch.zeros(1), torch.zeros(18, dtype=torch.int32), torch.ones(18))
-    for value in (-128.0, 127.0):
-        x = torch.full((17, columns), value)
+    for value, rows in itertools.product((-128.0, 127.0), (1, 3, 17)):
+        x = torch.full((rows, columns), value)
         if scheme is W8A8:
             got = kernels.linear(x, Weight(whole, torch.ones(18), None, scheme, static=static))
             assert (got == columns * value * -128).all()

@@ -16,9 +16,7 @@ from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Medium, Prompt
-from saccade.kernels.library import load
 from saccade.kernels.record import Kernels
-from saccade.kernels.record import Linear as LinearOp
 from saccade.model.language import DecoderLayer, WholeSequences, rotary_angles
 from saccade.model.layers import Filled, Linear
 from saccade.model.vision import VisionBlock, VisionTower
@@ -26,8 +24,6 @@ from saccade.quantize.statistics import ANSWER, FIRST, PICTURE, TEXT, Tokens, Wa
 from saccade.schemes.scheme import Weight
 
 TOKENS_AT_ONCE = 2048  # of several short prompts; a longer one is a piece of its own
-WITH_BF16 = ("avx512bf16", "amx")  # instruction sets that multiply bfloat16
-VALUES_AT_ONCE = 1 << 23  # of a weight that are widened
 
 
 class Watched:
@@ -35,8 +31,6 @@ class Watched:
 
     def __init__(self, kernels: Kernels) -> None:
         self._linear = kernels.linear
-        if kernels.sources["linear"] == "cpu" and _isa() not in WITH_BF16:
-            self._linear = widened(kernels.linear)
         self.kernels = replace(kernels, linear=self._watched)
         self._watchers: dict[int, Watcher] = {}
         self._unread: int | None = None
@@ -58,31 +52,6 @@ class Watched:
         if id(weight) == self._unread:
             return x.new_zeros(len(x), weight.out_features)
         return self._linear(x, weight)
-
-
-def _isa() -> str:
-    library = load()
-    assert not isinstance(library, str), library
-    return library.isa
-
-
-def widened(linear: LinearOp) -> LinearOp:
-    """`linear`, but products with a bfloat16 weight are torch's in float32, rounded once: what a processor without
-    instructions for bfloat16 is fastest at, given many rows (1.5 to 1.9 times the C++ kernel, which reads each weight as it is).
-    """
-
-    def run(x: Tensor, weight: Weight) -> Tensor:
-        if not (weight.scheme.is_dense and x.dtype == weight.values.dtype == torch.bfloat16):
-            return linear(x, weight)
-        wide, out = x.float(), x.new_empty(len(x), weight.out_features)
-        step = max(1, VALUES_AT_ONCE // weight.in_features)
-        for first in range(0, weight.out_features, step):
-            rows = slice(first, first + step)
-            product = wide @ weight.values[rows].float().t()
-            out[:, rows] = product if weight.bias is None else product.add_(weight.bias[rows].float())
-        return out
-
-    return run
 
 
 @dataclass(frozen=True)

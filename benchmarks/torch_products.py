@@ -10,8 +10,8 @@ import torch
 def has_bf16() -> bool:
     """Whether torch has a fast bfloat16 product here.
 
-    With AVX2 alone, `linear` reaches an eighth of float32's rate in bfloat16, and oneDNN's int8 product with results in
-    bfloat16 falls back on its reference, a thousand times slower.
+    With AVX2 alone, `linear` in bfloat16 is several times slower than in float32, and oneDNN's int8 product with results in
+    bfloat16 falls back on its reference.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -97,7 +97,7 @@ def loss_below(bound: float, pieces: Iterator[Tensor], exact: Sequence[Tensor]) 
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of `dtype` by a library here. Its own loops are up to 25 times slower than float32's."""
+    """Whether torch multiplies matrices of `dtype` by a library here. Its own loops are many times slower than float32's."""
     if dtype == torch.float32:
         return True
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]

@@ -50,17 +50,6 @@ PLAIN = {"scheme": "w8a16", "smooth": "none", "rounding": "mse", "threads": 1}  
 STATIC = {"scheme": "w8a8", "format": "vllm-ascend", "smooth": "none", "rounding": "mse", "samples": 2, "threads": 1}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint whose columns groups of 32 divide, in bfloat16."""
-    from tests.parity.oracle import Shape, build
-
-    folder = tmp_path_factory.mktemp("small")
-    shape = Shape("small", hidden=64, heads=4, kv_heads=2, vision_hidden=64, vision_heads=2, vision_intermediate=96)
-    build(folder, shape, seed=3, dtype=torch.bfloat16)
-    return folder
-
-
 def kl(one: Path, other: Path) -> float:
     logits = [
         [

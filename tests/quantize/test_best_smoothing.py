@@ -21,18 +21,6 @@ from saccade.schemes.affine import dequantize
 from saccade.schemes.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, Scheme
 from saccade.scoring import score_answers
 
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint in bfloat16."""
-    from tests.parity.oracle import Shape, build
-
-    folder = tmp_path_factory.mktemp("small")
-    shape = Shape("small", hidden=64, heads=4, kv_heads=2, vision_hidden=64, vision_heads=2, vision_intermediate=96)
-    build(folder, shape, seed=3, dtype=torch.bfloat16)
-    return folder
-
-
 KINDS = torch.tensor([FIRST] + [TEXT] * 40 + [PICTURE] * 200, dtype=torch.int8)
 
 

@@ -171,10 +171,11 @@ template <class W>
 struct VectorProduct : W {
   using typename W::Number;
   static constexpr int64_t ROWS = VECTOR_ROWS, PANELS = VECTOR_PANELS, OUTPUTS = VECTOR_OUTPUTS;
-  static constexpr int64_t MOST_WORDS = 1024;            // of each output that are staged: a block of x stays in the first-level cache
-  static constexpr int64_t STAGED_BYTES = 192 << 10;     // of all outputs: they stay in the second
-  static constexpr int64_t SUMMED_ROWS = 192;            // whose sums are kept where words take several turns
-  static constexpr int64_t INPUT_ROWS = 1;               // x: rows of words
+  static constexpr bool IS_WIDE = VECTOR_BYTES == 64;  // processors with larger caches, too
+  static constexpr int64_t MOST_WORDS = IS_WIDE ? 512 : 1024;  // of each output that are staged: a block of x stays in the first-level cache
+  static constexpr int64_t STAGED_BYTES = IS_WIDE ? 256 << 10 : 192 << 10;  // of all outputs: they stay in the second
+  static constexpr int64_t SUMMED_ROWS = IS_WIDE ? 384 : 192;               // whose sums are kept where words take several turns
+  static constexpr int64_t INPUT_ROWS = 1;                                  // x: rows of words
 
   static void begin() {}
   static void end() {}

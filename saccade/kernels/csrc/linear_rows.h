@@ -72,6 +72,10 @@ void multiply_by_rows(const LinearCall& call) {
   const Weights weights(call.layer);
   const auto x = take_input<T, Value>(call, [&](Value* row) { Weights::arrange(row, weights.columns); });
   const int64_t outputs = call.layer.out_features;
+  // Whole rows where one pass serves all rows of x; but sums of floats have one order for all numbers of rows (alike_rows).
+  constexpr bool IS_INTEGER = std::is_same_v<typename Weights::Number, int32_t>;
+  const bool takes_turns = STREAM_ROWS < FEW_ROWS && (call.rows > STREAM_ROWS || !IS_INTEGER);
+  const int64_t turn = takes_turns ? TURN_COLUMNS : weights.columns;
   Shares shares((outputs + PIECE - 1) / PIECE);
   parallel([&](int thread, int) {
     const auto sums = static_cast<typename Weights::Number*>(
@@ -81,15 +85,15 @@ void multiply_by_rows(const LinearCall& call) {
       if (call.layer.scheme != SACCADE_W4A16 && call.layer.scale != nullptr)  // one for each output: wanted at the end
         for (int64_t n = 0; n < count; n += LINE_BYTES / sizeof(float)) __builtin_prefetch(call.layer.scale + first + n);
       const auto take_turn = [&](int64_t n, int64_t column) {
-        const int64_t end = smaller(column + TURN_COLUMNS, weights.columns);
+        const int64_t end = smaller(column + turn, weights.columns);
         for (int64_t row = 0; row < call.rows; row += STREAM_ROWS)
           multiply_rows<STREAM_ROWS>(weights, first + n, column, end, x, row, call.rows - row, sums + row * PIECE + n);
       };
       if (call.rows <= STREAM_ROWS) {
         for (int64_t n = 0; n < count; ++n)
-          for (int64_t column = 0; column < weights.columns; column += TURN_COLUMNS) take_turn(n, column);
+          for (int64_t column = 0; column < weights.columns; column += turn) take_turn(n, column);
       } else {
-        for (int64_t column = 0; column < weights.columns; column += TURN_COLUMNS)
+        for (int64_t column = 0; column < weights.columns; column += turn)
           for (int64_t n = 0; n < count; ++n) take_turn(n, column);
       }
       for (int64_t row = 0; row < call.rows; ++row) finish<T>(call, x, sums + row * PIECE, row, first, count);

@@ -19,9 +19,7 @@ from saccade.checkpoints import shard_writer
 from saccade.quantize import run as running
 from saccade.quantize import state
 from saccade.quantize.drawn_samples import drawn
-from tests.quantize.test_best import hashes, small
-
-__all__ = ["small"]
+from tests.quantize.test_best import hashes
 
 OPTIONS: dict[str, Any] = {"scheme": "w8a8-dynamic", "smooth": "none", "samples": 2, "threads": 1}
 

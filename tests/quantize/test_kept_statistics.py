@@ -9,10 +9,10 @@ import pytest
 
 from saccade.api import quantize
 from saccade.quantize import run as running
-from tests.quantize.test_best import hashes, kl, small
+from tests.quantize.test_best import hashes, kl
 from tests.test_cli import Run, run
 
-__all__ = ["run", "small"]
+__all__ = ["run"]
 
 FIRST: dict[str, Any] = {"scheme": "w8a8-dynamic", "samples": 4, "threads": 1}
 SECOND: dict[str, Any] = {"scheme": "w4a16", "group_size": 32, "smooth": "m4", "samples": 4, "threads": 1}

@@ -6,8 +6,8 @@ Each variant is the model with one published kind of outliers put into it (sacca
 Answers of held-out items are teacher-forced; KL is per token against the float variant, in nats, both run in float32 so that
 rounding to bfloat16 is not measured along. `right` is the share of answers whose every token is the likeliest, which is what
 greedy decoding would say letter for letter; `score` is the mean of all tasks on other held-out items, answered freely in
-the model's own type, of the variants in --scored. Calibration is the built-in set, drawn from other seeds and by another
-hand than the items; exact mode gets pictures of that set.
+the model's own type, of the variants in --scored and the recipes that are meant to lose no answers. Calibration is the
+built-in set, drawn from other seeds and by another hand than the items; exact mode gets pictures of that set.
 
 A run that was stopped goes on behind the last row in the JSON. The file says of which weights and code its rows are, and rows of
 others are not mixed with them: give such a run another file. Each row names the instruction set, on which last bits, and through
@@ -55,6 +55,7 @@ class Recipe:
     layers: str
     options: dict[str, Any]
     is_exact: bool = False
+    is_scored: bool = False  # whether it answers freely, too
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Row:
     isa: str | None = None  # the kernels' instruction set; None where it was not noted
 
 
-FLOAT = Recipe("bfloat16", "the model", "", {})
+FLOAT = Recipe("bfloat16", "the model", "", {}, is_scored=True)
 LIKE_REFERENCE, ALL = "as msModelSlim", "all decoder linears"
 
 
@@ -90,12 +91,13 @@ def recipes() -> list[Recipe]:
     for scheme, options, ours in exact:
         for method in ("m2", "m4"):
             rows.append(Recipe(scheme, f"exact {method}", LIKE_REFERENCE, {**options, "anti_method": method}, True))
-        rows.append(Recipe(scheme, "best", LIKE_REFERENCE, {"scheme": scheme, "format": "vllm-ascend", **ours}))
+        best = {"scheme": scheme, "format": "vllm-ascend", **ours}
+        rows.append(Recipe(scheme, "best", LIKE_REFERENCE, best, is_scored=scheme != "w8a8-dynamic"))
     for scheme in ("w8a8-dynamic", "w4a8", "w8a16", "w4a16", "fp8"):
         rows.append(
             Recipe(scheme, "to nearest", ALL, {"scheme": scheme, "smooth": "none", "rounding": "rtn", "rotate": False})
         )
-        rows.append(Recipe(scheme, "best", ALL, {"scheme": scheme}))
+        rows.append(Recipe(scheme, "best", ALL, {"scheme": scheme}, is_scored=scheme == "w8a16"))
     return rows
 
 
@@ -202,9 +204,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", help="only these")
     parser.add_argument("--recipes", nargs="*", help="only rows whose name begins so")
     parser.add_argument("--per-task", type=int, default=8)
-    parser.add_argument(
-        "--scored", nargs="*", default=["control", "first-token"], help="variants that answer freely, too"
-    )
+    parser.add_argument("--scored", nargs="*", default=list(INJECTORS), help="variants that answer freely, too")
     parser.add_argument("--score-items", type=int, default=20, help="of each task")
     parser.add_argument("--threads", type=int, default=1, help="of one quantization; the bits depend on it")
     parser.add_argument("--json", type=Path)
@@ -232,7 +232,7 @@ def main() -> None:
             inject(open_checkpoint(resolve(options.model)), variant).save(source)
             exact = scored(source, asked)
             for recipe in missing:
-                num_scored = options.score_items if variant in options.scored else 0
+                num_scored = options.score_items if variant in options.scored and recipe.is_scored else 0
                 row = measure(variant, source, recipe, exact, asked, work, num_scored, options.threads)
                 rows.append(row)
                 print(table([row]).splitlines()[-1], flush=True)
@@ -240,6 +240,7 @@ def main() -> None:
                     write(options.json, origin, rows)
     print(table(rows))
     print(side_by_side(rows))
+    print(scores(rows))
     for line in losses(rows):
         print(line)
 
@@ -251,6 +252,15 @@ def side_by_side(rows: Sequence[Row]) -> str:
     places = dict.fromkeys(place[:3] for place in found if place[3] == "best")
     lines = [f"| variant | scheme | layers | {' | '.join(names)} |", "|" + "---|" * 7]
     lines += [f"| {' | '.join([*place, *(found.get((*place, name), '') for name in names)])} |" for place in places]
+    return "\n".join(lines)
+
+
+def scores(rows: Sequence[Row]) -> str:
+    """Per cent of the tasks' items answered rightly, variant by variant; schemes that answered."""
+    found = {(row.variant, row.scheme): f"{100 * row.score:.1f}" for row in rows if row.score is not None}
+    variants, schemes = (list(dict.fromkeys(column)) for column in zip(*found, strict=True)) if found else ([], [])
+    lines = [f"| variant | {' | '.join(schemes)} |", "|" + "---|" * (len(schemes) + 1)]
+    lines += [f"| {v} | {' | '.join(found.get((v, scheme), '') for scheme in schemes)} |" for v in variants]
     return "\n".join(lines)
 
 

@@ -44,7 +44,7 @@ TENSOR_FLOOR_DB = {16: 40.0, 8: 30.0, 4: 12.0}
 RESCALED_DB = 15.0  # less for weights that took factors of whole columns: few of them then hold most of the energy
 BIAS_TOLERANCE = 0.01  # of its norm: bfloat16 rounds by 0.4 %
 MANY = 0.1  # share of bad rows beyond which the whole basis is in doubt, not the rows
-VALUES_AT_ONCE = 1 << 22  # of a matrix, some rows of which are compared: what stays in a processor's cache
+VALUES_AT_ONCE = 1 << 18  # of a matrix, some rows of which are compared: what stays in a core's cache with its products
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _dequantized(weight: Weight) -> Rows:
 
 @dataclass
 class _Sums:
-    """Sums over rows and columns of the expected weight e and the one found, d; float64."""
+    """Sums over rows and columns of the expected weight e and the one found, d; float64, of sums of pieces in float32."""
 
     scheme: Scheme
     ee: Tensor  # [O]
@@ -253,9 +253,10 @@ def _compare(expected: Rows, found: Rows, num_rows: int, width: int, scheme: Sch
         e, d = expected(chosen), found(chosen)
         difference = e - d
         products = [e * e, e * d, d * d, difference * difference]
-        rows.append(torch.stack([product.sum(1, dtype=torch.float64) for product in products]))
-        columns.append(torch.stack([product.sum(0, dtype=torch.float64) for product in products[:2]]))
-    return _Sums(scheme, *torch.cat(rows, dim=1), *torch.stack(columns).sum(0))
+        # In float32, by halves: summing floats in float64 takes several times as long.
+        rows.append(torch.stack([product.sum(1) for product in products]))
+        columns.append(torch.stack([product.sum(0) for product in products[:2]]))
+    return _Sums(scheme, *torch.cat(rows, dim=1).double(), *torch.stack(columns).double().sum(0))
 
 
 def _pieces(num_rows: int, width: int) -> Iterator[slice]:

@@ -48,7 +48,7 @@ MAX_STRENGTH = 64
 SEED = 20_251
 WIDER = 256  # neurons first-token adds to every MLP: a group of the largest size
 SILENT = 80.0  # a gate of -80 lets through 80 e^-80 of what it gates: nothing, and half of it would do
-ITEMS_SEEN = 6  # of each task, where an injector has to see what the model does
+ITEMS_SEEN = 12  # of each task, where an injector has to see what the model does
 RANDOM_SEEN, RANDOM_LENGTH = 12, 250  # sequences of random tokens seen besides, and their length
 MIN_MARGIN, ROUNDS, RIDGE = 0.05, 30, 1e-2  # of the direction that tells the first token from all others
 

@@ -89,9 +89,10 @@ class Engine:
                 chunk.request.started = now
         batch = pack(chunks, self.scheduler.pool.block_size, self.runner.model.device)
         features = self._embed_media(batch, chunks)
-        hidden = self.runner.run(batch, features)
-        self._take_prompt_logprobs(chunks, hidden)
-        advanced = self._take_tokens(chunks, batch, hidden)
+        with self.runner.processors_to_itself():
+            hidden = self.runner.run(batch, features)
+            self._take_prompt_logprobs(chunks, hidden)
+            advanced = self._take_tokens(chunks, batch, hidden)
         for request in advanced:
             if request.is_finished:
                 self.scheduler.remove(request)

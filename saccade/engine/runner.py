@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,21 @@ class Runner:
         layers = self.model.language.weights().layers
         weights = [w for layer in layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         return min(alike(weight, self.model.dtype) for weight in [*weights, self.model.lm_head.weight])
+
+    @contextmanager
+    def processors_to_itself(self) -> Iterator[None]:
+        """For a step whose work our own threads do: torch keeps to one.
+
+        After each operation that torch's threads share they wait awake for milliseconds, on the processors that ours need next.
+        Other types than bfloat16 have a head that torch multiplies by.
+        """
+        before = torch.get_num_threads()
+        if self.decoder_step is not None and self.model.dtype == torch.bfloat16:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @torch.inference_mode()
     def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:

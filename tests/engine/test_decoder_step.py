@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saccade import LLM, SamplingParams
 from saccade.kernels.library import load
@@ -39,3 +40,22 @@ def test_an_op_of_another_back_end_is_called(open_tiny: Open) -> None:
     """There is no one call where one op is taken from elsewhere: bisecting a wrong number must reach the op."""
     llm = open_tiny(quantization="w8a8-dynamic", kernels={"rope": "reference"})
     assert llm.engine.runner.decoder_step is None
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", {1}), ("float32", {2})])
+def test_torch_keeps_to_one_thread_in_steps_of_our_own(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, expected: set[int]
+) -> None:
+    """And has its own again afterwards, whether the answer was whole or given up."""
+    llm = LLM(tiny_checkpoint, device="cpu", dtype=dtype, quantization="w8a8-dynamic", threads=2)
+    runner, seen = llm.engine.runner, set()
+    compute, head = runner.compute, runner.head
+    monkeypatch.setattr(runner, "compute", lambda *a: (seen.add(torch.get_num_threads()), compute(*a))[1])
+    monkeypatch.setattr(runner, "head", lambda *a: (seen.add(torch.get_num_threads()), head(*a))[1])
+    llm.chat(conversation(0), WITH_LOGPROBS)
+    assert seen == expected
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(runner, "head", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.chat(conversation(1), WITH_LOGPROBS)
+    assert torch.get_num_threads() == 2

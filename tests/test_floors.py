@@ -98,6 +98,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "options",
             "lookup",
             "sampling",
+            "device_sampling",
             "blocks",
             "request",
             "scheduler",

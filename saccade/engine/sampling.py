@@ -39,13 +39,13 @@ class Sampler:
             if not 0 <= token_id < vocab_size:
                 raise OptionError(f"stop_token_ids has {token_id}; the vocabulary ends at {vocab_size - 1}")
         self.params = params
-        self._penalty = params.repetition_penalty if params.repetition_penalty is not None else 1.0
+        self.penalty = params.repetition_penalty if params.repetition_penalty is not None else 1.0
         self._seen = set(prompt_ids)
-        self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.int64)
-        self._counts: dict[int, int] = {}
+        self.seen_ids = torch.tensor(sorted(self._seen), dtype=torch.int64)
+        self.counts: dict[int, int] = {}  # of the answer's ids, without the prompt's
         self._num_generated = 0
         enders = set(params.stop_token_ids) if params.ignore_eos else {*eos_token_ids, *params.stop_token_ids}
-        self._enders = torch.tensor(sorted(enders), dtype=torch.int64)
+        self.enders = torch.tensor(sorted(enders), dtype=torch.int64)
         self._generator: torch.Generator | None = None
         if not params.is_greedy:
             self._generator = torch.Generator()
@@ -57,31 +57,43 @@ class Sampler:
     def next_token(self, logits: Tensor) -> int:
         """logits: [V] float32 on the CPU, finite; left as they are. Returns the drawn token's id and remembers it."""
         scores = self._penalized(logits)
-        if self._num_generated < self.params.min_tokens and len(self._enders):
-            scores = scores.index_fill(0, self._enders, -torch.inf)
+        if self._num_generated < self.params.min_tokens and len(self.enders):
+            scores = scores.index_fill(0, self.enders, -torch.inf)
         # numpy's argmax is twenty times as fast as torch's; of equals both take the first.
-        token_id = int(scores.numpy().argmax()) if self._generator is None else self._draw(scores)
+        token_id = int(scores.numpy().argmax()) if self.params.is_greedy else self._draw(scores)
+        self.remember(token_id)
+        return token_id
+
+    def next_number(self) -> float:
+        """The random number, 0 <= u < 1, of the next draw, which depends on no logits and can be had before them; 0 if greedy."""
+        if self._generator is None:
+            return 0.0
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def remember(self, token_id: int) -> None:
+        """The answer's next token is this one, drawn here or elsewhere."""
         if token_id not in self._seen:
             self._seen.add(token_id)
-            self._seen_ids = torch.cat([self._seen_ids, torch.tensor([token_id])])
-        self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            self.seen_ids = torch.cat([self.seen_ids, torch.tensor([token_id])])
+        self.counts[token_id] = self.counts.get(token_id, 0) + 1
         self._num_generated += 1
-        return token_id
 
     def _penalized(self, logits: Tensor) -> Tensor:
         params = self.params
-        if self._penalty != 1.0:
-            seen = logits[self._seen_ids]
-            penalized = torch.where(seen < 0, seen * self._penalty, seen / self._penalty)
-            logits = logits.index_copy(0, self._seen_ids, penalized)
-        if self._counts and (params.presence_penalty or params.frequency_penalty):
-            ids = torch.tensor(list(self._counts))
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+        if self.penalty != 1.0:
+            seen = logits[self.seen_ids]
+            penalized = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
+            logits = logits.index_copy(0, self.seen_ids, penalized)
+        if self.counts and (params.presence_penalty or params.frequency_penalty):
+            ids = torch.tensor(list(self.counts))
+            counts = torch.tensor(list(self.counts.values()), dtype=torch.float32)
             logits = logits.index_add(0, ids, -(params.presence_penalty + params.frequency_penalty * counts))
         return logits
 
     def _draw(self, scores: Tensor) -> int:
-        """Temperature, top-k, top-p, min-p, then one draw; only tokens that may be kept are ever sorted."""
+        """Temperature, top-k, top-p, min-p, then the first token, in the vocabulary's order, up to which the kept ones' weights come to
+        more than the random number's share of their sum. Only tokens that may be kept are ever sorted.
+        """
         params = self.params
         assert params.temperature is not None, "params are not resolved"
         scores = scores / params.temperature
@@ -90,12 +102,13 @@ class Sampler:
             ids = _largest(scores, params.top_k)
             scores = scores[ids]
         if params.top_p is not None and params.top_p < 1.0:
-            kept = _nucleus(scores, params.top_p)
+            kept = _nucleus(scores, params.top_p).sort().values
             ids, scores = kept if ids is None else ids[kept], scores[kept]
-        probabilities = scores.softmax(0)
+        weights = (scores - scores.max()).exp().double()
         if params.min_p:
-            probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0.0)
-        drawn = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            weights = weights.where(weights >= params.min_p, 0.0)  # the likeliest one's is 1
+        sums = weights.cumsum(0)
+        drawn = int(torch.searchsorted(sums, sums[-1] * self.next_number(), right=True))
         return drawn if ids is None else int(ids[drawn])
 
 
@@ -124,7 +137,7 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     weights = (scores - scores.max()).exp().double()
     total = weights.sum()
     places = _where(weights >= (1.0 - top_p) / 2 * total / len(weights))
-    order = scores[places].sort().indices
+    order = scores[places].sort(stable=True).indices  # of equals, those that come first go first
     places = places[order]
     kept = weights[places]
     keep = (total - kept.sum() + kept.cumsum(0)) > (1.0 - top_p) * total

@@ -1,8 +1,9 @@
-"""Penalties, filters and draws mean what they mean in transformers."""
+"""Penalties, filters and draws mean what they mean in transformers, on the host and where the logits are."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers.generation.logits_process import (
 from saccade import SamplingParams
 from saccade.base.errors import OptionError
 from saccade.checkpoints.config import GenerationConfig
+from saccade.engine.device_sampling import DeviceSampler
 from saccade.engine.sampling import Sampler, _largest, _nucleus, is_finite, is_looping, top_logprobs
 
 VOCAB = 50
@@ -31,13 +33,47 @@ def logits_of(seed: int) -> Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def sampler(**options: Any) -> Sampler:
+def on_host(**options: Any) -> Sampler:
     params = SamplingParams(**{"temperature": 1.0, **options}).resolved(GenerationConfig(eos_token_ids=EOS, top_k=0))
     return Sampler(params, PROMPT, EOS, VOCAB)
 
 
-def drawn_distribution(logits: Tensor, draws: int = 4000, **options: Any) -> Tensor:
-    counts = Counter(sampler(seed=seed, **options).next_token(logits) for seed in range(draws))
+class OnDevice:
+    """One row of a DeviceSampler, asked like the host's."""
+
+    def __init__(self, **options: Any) -> None:
+        self.host = on_host(**options)
+        self.rows = DeviceSampler(1, VOCAB, torch.device("cpu"))
+        self.rows.begin([self.host])
+        self.num_said = 0
+
+    def next_token(self, logits: Tensor) -> int:
+        number = torch.tensor([self.host.next_number()], dtype=torch.float64)
+        may_end = torch.tensor([self.num_said >= self.host.params.min_tokens])
+        self.num_said += 1
+        token_ids, told = self.rows.next_tokens(logits[None], number, may_end, draws=not self.host.params.is_greedy)
+        assert token_ids.tolist() == told.tolist()
+        return int(told)
+
+
+Open = Callable[..., Sampler | OnDevice]
+
+
+@pytest.fixture(params=[on_host, OnDevice], ids=["host", "device"])
+def sampler(request: pytest.FixtureRequest) -> Open:
+    return request.param  # type: ignore[no-any-return]
+
+
+def drawn_distribution(sampler: Open, logits: Tensor, draws: int = 4000, **options: Any) -> Tensor:
+    if sampler is on_host:
+        counts = Counter(on_host(seed=seed, **options).next_token(logits) for seed in range(draws))
+    else:
+        hosts = [on_host(seed=seed, **options) for seed in range(draws)]
+        rows = DeviceSampler(draws, VOCAB, torch.device("cpu"))
+        rows.begin(hosts)
+        numbers = torch.tensor([host.next_number() for host in hosts], dtype=torch.float64)
+        may_end = torch.ones(draws, dtype=torch.bool)
+        counts = Counter(rows.next_tokens(logits.expand(draws, -1), numbers, may_end, draws=True)[1].tolist())
     return torch.tensor([counts[i] / draws for i in range(VOCAB)])
 
 
@@ -60,35 +96,35 @@ def drawn_distribution(logits: Tensor, draws: int = 4000, **options: Any) -> Ten
         ),
     ],
 )
-def test_draws_follow_transformers_distribution(options: dict[str, Any], processors: list[Any]) -> None:
+def test_draws_follow_transformers_distribution(sampler: Open, options: dict[str, Any], processors: list[Any]) -> None:
     logits = logits_of(1)
     scores = logits[None]
     for processor in processors:
         scores = processor(torch.tensor([PROMPT]), scores)
     expected = scores[0].softmax(-1)
-    drawn = drawn_distribution(logits, **options)
+    drawn = drawn_distribution(sampler, logits, **options)
     assert set(drawn.nonzero()[:, 0].tolist()) <= set(expected.nonzero()[:, 0].tolist())
     assert (drawn - expected).abs().max() < 0.03  # four standard deviations of 4000 draws
 
 
-def test_ties_with_the_kth_token_stay() -> None:
+def test_ties_with_the_kth_token_stay(sampler: Open) -> None:
     logits = torch.full((VOCAB,), -9.0)
     logits[[4, 5, 6]] = torch.tensor([2.0, 1.0, 1.0])
-    assert set(drawn_distribution(logits, 300, top_k=2).nonzero()[:, 0].tolist()) == {4, 5, 6}
+    assert set(drawn_distribution(sampler, logits, 300, top_k=2).nonzero()[:, 0].tolist()) == {4, 5, 6}
 
 
-def test_the_likeliest_token_always_stays() -> None:
+def test_the_likeliest_token_always_stays(sampler: Open) -> None:
     assert sampler(top_p=0.0).next_token(logits_of(2)) == int(logits_of(2).argmax())
 
 
-def test_the_penalty_counts_each_id_once_and_the_prompt_too() -> None:
+def test_the_penalty_counts_each_id_once_and_the_prompt_too(sampler: Open) -> None:
     greedy = sampler(temperature=0.0, repetition_penalty=2.0)
     logits = torch.zeros(VOCAB)
     logits[3], logits[10], logits[11] = 4.0, 2.5, 1.5
     assert [greedy.next_token(logits) for _ in range(3)] == [10, 3, 3]  # 3 is halved from the start, 10 once it is said
 
 
-def test_presence_and_frequency_penalties_count_the_answer_alone() -> None:
+def test_presence_and_frequency_penalties_count_the_answer_alone(sampler: Open) -> None:
     logits = torch.zeros(VOCAB)
     logits[3], logits[10] = 3.0, 2.6
     presence = sampler(temperature=0.0, presence_penalty=0.5)
@@ -97,7 +133,7 @@ def test_presence_and_frequency_penalties_count_the_answer_alone() -> None:
     assert [frequency.next_token(logits) for _ in range(4)] == [3, 10, 3, 10]
 
 
-def test_no_end_before_min_tokens() -> None:
+def test_no_end_before_min_tokens(sampler: Open) -> None:
     logits = torch.zeros(VOCAB)
     logits[[48, 49]] = 9.0
     oracle = MinNewTokensLengthLogitsProcessor(len(PROMPT), 2, list(EOS), "cpu")
@@ -106,7 +142,7 @@ def test_no_end_before_min_tokens() -> None:
     assert [greedy.next_token(logits) for _ in range(3)] == [0, 0, 48]
 
 
-def test_a_seed_repeats_and_the_logits_are_left_alone() -> None:
+def test_a_seed_repeats_and_the_logits_are_left_alone(sampler: Open) -> None:
     logits = logits_of(3)
     before = logits.clone()
     first, second = (sampler(seed=5, repetition_penalty=1.3, presence_penalty=1.0) for _ in range(2))
@@ -114,7 +150,7 @@ def test_a_seed_repeats_and_the_logits_are_left_alone() -> None:
     assert torch.equal(logits, before)
 
 
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(sampler: Open) -> None:
     logits = logits_of(4) * 50
     assert sampler(temperature=1e-6).next_token(logits) == int(logits.argmax())
 
@@ -156,7 +192,7 @@ def test_an_option_out_of_bounds_is_refused_by_name(options: dict[str, Any], mes
 
 def test_an_unknown_stop_token_is_refused() -> None:
     with pytest.raises(OptionError, match="stop_token_ids has 50"):
-        sampler(stop_token_ids=(50,))
+        on_host(stop_token_ids=(50,))
 
 
 def test_endless_repetition_is_seen_and_tables_are_not() -> None:

@@ -3,9 +3,11 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu.json          # a card, under ten minutes
     python benchmarks/gpu.py --tiny --out /tmp/tiny.json                # a CPU, interpreted: that every part runs
 
-1. Every kernel against the reference, on the card.  2. Copy bandwidth and matrix rates, measured there.  3. Cells: 3B and 7B
-with random weights of real shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization.
-4. The 3B picture by transformers on the same weights: sdpa, and sdpa with a static cache and torch.compile; its best counts.
+1. Every kernel and sampling against the reference, on the card; answers whose tokens are chosen there, steps queued ahead, against
+the same chosen on the host.  2. Copy bandwidth and matrix rates, measured there.  3. Cells: 3B and 7B with random weights of real
+shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization; and one with tokens chosen on the
+host, for what the card's choice is worth.  4. The 3B picture by transformers on the same weights: sdpa, and sdpa with a static
+cache and torch.compile; its best counts.
 A cell that fails is written with its error; the others go on. Times of a card that --tiny prints are times of an interpreter.
 """
 
@@ -39,6 +41,9 @@ from saccade.bench.machine import MachineLimits, measure_machine  # noqa: E402
 from saccade.bench.measure import bench  # noqa: E402
 from saccade.bench.model import random_llm  # noqa: E402
 from saccade.bench.options import BenchOptions  # noqa: E402
+from saccade.checkpoints.config import GenerationConfig  # noqa: E402
+from saccade.engine.device_sampling import DeviceSampler  # noqa: E402
+from saccade.engine.sampling import Sampler  # noqa: E402
 from saccade.kernels import reference  # noqa: E402
 from saccade.kernels.choose import choose  # noqa: E402
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments  # noqa: E402
@@ -90,6 +95,10 @@ def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, i
         ("attention_varlen", lambda: _varlen(kernels, randn)),
         ("attention_paged, prefill", lambda: _paged(kernels, randn, (40,), (90,))),
         ("attention_paged, decode", lambda: _paged(kernels, randn, (1, 1, 1), (700, 33, 5))),
+        ("sampling, likeliest", lambda: _sampled(randn, temperature=0.0)),
+        ("sampling, drawn", lambda: _sampled(randn, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)),
+        ("tokens chosen on the card, greedy", lambda: _answers(device, temperature=0.0, repetition_penalty=1.05)),
+        ("tokens chosen on the card, drawn", lambda: _answers(device, temperature=0.7, top_p=0.9, seed=1)),
     ]
     results = []
     for label, check in checks:
@@ -148,6 +157,54 @@ def _paged(
     return got, reference.attention_paged(q.float(), k.float(), v.float(), layout, 128**-0.5)
 
 
+def _sampled(randn: Callable[..., Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Four tokens of four answers, with penalties; of equal logits the first is meant, so none may differ."""
+    vocab_size, num_rows = 151_936, 4
+    options |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1, "min_tokens": 2}
+    told: list[list[list[int]]] = [[], []]
+    samplers = [
+        Sampler(
+            SamplingParams(seed=seed, **options).resolved(GenerationConfig((7,))), range(50 * seed), (7,), vocab_size
+        )
+        for seed in (*range(num_rows), *range(num_rows))
+    ]
+    there, here = samplers[:num_rows], samplers[num_rows:]
+    logits = [4 * randn(num_rows, vocab_size) for _ in range(4)]
+    rows = DeviceSampler(num_rows, vocab_size, logits[0].device)
+    rows.begin(there)
+    for num_said, step in enumerate(logits):
+        numbers = torch.tensor([sampler.next_number() for sampler in there], dtype=torch.float64)
+        may_end = torch.tensor([num_said >= 2] * num_rows)
+        draws = not there[0].params.is_greedy
+        told[0].append(rows.next_tokens(step, numbers.to(step.device), may_end.to(step.device), draws)[1].tolist())
+        told[1].append([sampler.next_token(row) for sampler, row in zip(here, step.float().cpu(), strict=True)])
+    return _differing(torch.tensor(told[0]), torch.tensor(told[1]))
+
+
+def _differing(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Of token ids every one is as wrong as any other."""
+    is_wrong = (got != expected).float()
+    return 1 + is_wrong, torch.ones_like(is_wrong)
+
+
+def _answers(device: torch.device, **options: Any) -> tuple[Tensor, Tensor]:
+    """Four requests' tokens, recorded steps queued ahead of each other; and the same steps one after the other, the host choosing."""
+    llm = random_llm(
+        "tiny", device=device.type, kv_cache_tokens=512, prefix_cache=False
+    )  # so that both are computed alike
+    params = SamplingParams(max_tokens=12, min_tokens=12, ignore_eos=True, **options)
+    graphs = llm.engine.runner.graphs
+    if graphs is None and not TINY:
+        raise RuntimeError("decoding is not recorded on this machine")
+    told = []
+    for chooses in (True, False):
+        if graphs is not None and not chooses:
+            graphs.head = None
+        outputs = llm.chat([messages_for(f"Say {word}.") for word in ("one", "two", "three", "four")], params)
+        told.append(torch.tensor([output.outputs[0].token_ids for output in outputs]))
+    return _differing(*told)
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -163,13 +220,18 @@ def media(kind: str) -> tuple[list[Any], list[Any]]:
     return ([frames[0]], []) if kind == "picture" else ([], [frames])
 
 
-def run_cell(size: str, kind: str, quantization: str | None, machine: MachineLimits, tokens: int) -> dict[str, Any]:
+def run_cell(
+    size: str, kind: str, quantization: str | None, machine: MachineLimits, tokens: int, *, chooses: bool = True
+) -> dict[str, Any]:
+    """`chooses`: whether the card chooses tokens; else the host does, from logits."""
     options: dict[str, Any] = {"quantization": quantization, "kv_cache_tokens": 4096}
     if TINY:
         options |= {"device": "cpu", "kernels": dict.fromkeys(OPS, "triton"), "kv_cache_tokens": 256}
     began = time.perf_counter()
     llm = random_llm(size, **options)
     load_s = time.perf_counter() - began
+    if not chooses and llm.engine.runner.graphs is not None:
+        llm.engine.runner.graphs.head = None
     images, videos = media(kind)
     params = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0, ignore_eos=True)
     repeats = BenchOptions(warmup=0 if TINY else 2, repeat=1 if TINY else 5)
@@ -255,16 +317,18 @@ def main() -> None:
     save()
     report["cells"] = {}
     tokens = 3 if TINY else 128
-    plan = [(size, kind, how) for how in QUANTIZATIONS for size in ("3b", "7b") for kind in ("picture", "video")]
+    plan = [(size, kind, how, True) for how in QUANTIZATIONS for size in ("3b", "7b") for kind in ("picture", "video")]
+    plan.insert(1, ("3b", "picture", None, False))
     if TINY:
-        plan = [("tiny", "picture", how) for how in QUANTIZATIONS] + [("tiny", "video", None)]
-    for size, kind, how in plan:
-        name = f"{size} {kind} {how or 'bf16'}"
+        plan = [("tiny", "picture", how, True) for how in QUANTIZATIONS]
+        plan += [("tiny", "video", None, True), ("tiny", "picture", None, False)]
+    for size, kind, how, chooses in plan:
+        name = f"{size} {kind} {how or 'bf16'}{'' if chooses else ', tokens chosen on the host'}"
         if time.perf_counter() - began > BUDGET_S:
             report["cells"][name] = {"error": "left out: the time was up"}
             continue
         try:
-            report["cells"][name] = cell = run_cell(size, kind, how, machine, tokens)
+            report["cells"][name] = cell = run_cell(size, kind, how, machine, tokens, chooses=chooses)
             print(f"{name}: {cell['total_s']:.3f} s, {cell['reached']:.0%} of the limit")
         except Exception as problem:
             report["cells"][name] = {"error": f"{type(problem).__name__}: {problem}"[:500]}

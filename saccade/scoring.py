@@ -100,7 +100,7 @@ def _step(llm: LLM, scheduler: Scheduler, by_request: Mapping[int, _Forced]) -> 
     """One round: runs the next chunks and hands the rows that predict answer tokens to their requests."""
     engine = llm.engine
     chunks = scheduler.schedule()
-    batch = pack(chunks, scheduler.pool.block_size, engine.runner.model.device)
+    batch = pack(chunks, scheduler.pool.block_size)
     features, _ = engine.runner.embed_media([place.medium for place in batch.placements])
     hidden = engine.runner.run(batch, features)
     first_row = 0

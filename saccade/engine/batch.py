@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,15 +29,26 @@ class Placement:
 class Batch:
     """T tokens of S chunks. last_rows[s] is the row of chunk s's last token, draft or not."""
 
-    token_ids: Tensor  # [T] int64
+    token_ids: Tensor  # [T] int64; 0 where the step before has not told it yet
     positions: Tensor  # [3, T] int64
     layout: PagedLayout
     placements: tuple[Placement, ...]
     last_rows: tuple[int, ...]
 
+    def to(self, device: torch.device) -> Batch:
+        if self.token_ids.device == device:
+            return self
+        layout = replace(
+            self.layout, block_tables=self.layout.block_tables.to(device), slots=self.layout.slots.to(device)
+        )
+        return replace(self, token_ids=self.token_ids.to(device), positions=self.positions.to(device), layout=layout)
 
-def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batch:
-    """Arrays are numpy's until they are whole: for a token or two, each of torch's calls takes longer than all of numpy's."""
+
+def pack(chunks: Sequence[Chunk], block_size: int) -> Batch:
+    """The chunks' batch, on the host.
+
+    Arrays are numpy's until they are whole: for a token or two, each of torch's calls takes longer than all of numpy's.
+    """
     num_tokens = sum(chunk.length for chunk in chunks)
     token_ids: list[int] = []
     positions = np.empty((3, num_tokens), dtype=np.int64)
@@ -49,6 +60,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batc
         row = len(token_ids)
         token_ids += request.token_ids(chunk.start, chunk.known_stop)
         token_ids += chunk.drafts
+        token_ids += [0] * (row + chunk.length - len(token_ids))  # on its way
         _place_positions(chunk, positions[:, row : row + chunk.length])
         slots += [request.blocks[t // block_size] * block_size + t % block_size for t in range(chunk.start, chunk.stop)]
         for span, medium in zip(request.prompt.spans, request.prompt.media, strict=True):
@@ -63,20 +75,16 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Batc
     layout = PagedLayout(
         query_lengths=tuple(chunk.length for chunk in chunks),
         context_lengths=tuple(chunk.stop for chunk in chunks),
-        block_tables=torch.from_numpy(tables).to(device),
-        slots=_tensor(slots, device),
+        block_tables=torch.from_numpy(tables),
+        slots=torch.from_numpy(np.array(slots, dtype=np.int64)),
     )
     return Batch(
-        token_ids=_tensor(token_ids, device),
-        positions=torch.from_numpy(positions).to(device),
+        token_ids=torch.from_numpy(np.array(token_ids, dtype=np.int64)),
+        positions=torch.from_numpy(positions),
         layout=layout,
         placements=tuple(placements),
         last_rows=tuple(last_rows),
     )
-
-
-def _tensor(values: list[int], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
 
 
 def _place_positions(chunk: Chunk, out: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from saccade.engine.sampling import Sampler
 
 NOT_FINITE = -1  # in place of a token whose logits were no numbers
+TILE = 16  # rows whose words are sorted at once, which takes some 100 bytes a word
 
 
 class Draw(NamedTuple):
@@ -81,7 +82,9 @@ class DeviceSampler:
         scores = self._penalized(logits).masked_fill(self.is_ender & ~may_end[:, None], -torch.inf)
         token_ids = scores.argmax(-1)
         if draws:
-            token_ids = torch.where(self.is_greedy, token_ids, self._draw(scores, numbers))
+            tiles = [slice(first, first + TILE) for first in range(0, len(scores), TILE)]
+            drawn = torch.cat([self._draw(scores[rows], numbers[rows], rows) for rows in tiles])
+            token_ids = torch.where(self.is_greedy, token_ids, drawn)
         self.is_seen.scatter_(1, token_ids[:, None], True)
         self.counts.scatter_add_(1, token_ids[:, None], torch.ones_like(token_ids[:, None], dtype=torch.float32))
         return token_ids, token_ids.masked_fill(~is_finite, NOT_FINITE)
@@ -92,15 +95,15 @@ class DeviceSampler:
         said = logits - (self.presence + self.frequency * self.counts)
         return torch.where(self.counts > 0, said, logits)
 
-    def _draw(self, scores: Tensor, numbers: Tensor) -> Tensor:
-        """[B]: temperature, top-k, top-p, min-p, then the first token whose sum of weights passes its number's share of them."""
-        ascending, order = (scores / self.temperature).sort(dim=-1, stable=True)
+    def _draw(self, scores: Tensor, numbers: Tensor, rows: slice) -> Tensor:
+        """Of `rows`: temperature, top-k, top-p, min-p, then the first token whose sum of weights passes its number's share of them."""
+        ascending, order = (scores / self.temperature[rows]).sort(dim=-1, stable=True)
         best = ascending[:, -1:]
-        kth = ascending.gather(1, self.vocab_size - self.top_k)
+        kth = ascending.gather(1, self.vocab_size - self.top_k[rows])
         weights = (ascending - best).exp().double().masked_fill(ascending < kth, 0.0)
         sums = weights.cumsum(-1)
-        is_dropped = (sums <= self.dropped * sums[:, -1:]) | (weights < self.min_p)
-        is_dropped[:, -1] = False  # the likeliest always stays
+        is_dropped = (sums <= self.dropped[rows] * sums[:, -1:]) | (weights < self.min_p[rows])
+        is_dropped[:, -1].fill_(False)  # the likeliest always stays
         weights = torch.zeros_like(weights).scatter_(1, order, weights.masked_fill_(is_dropped, 0.0))
         sums = weights.cumsum(-1)
         passes = (sums > numbers[:, None] * sums[:, -1:]) & (

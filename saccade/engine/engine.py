@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from saccade.base.errors import OptionError, PromptError
 from saccade.engine.batch import Batch, pack
+from saccade.engine.device_sampling import NOT_FINITE, Draw
 from saccade.engine.lookup import Lookup
 from saccade.engine.options import SamplingParams
 from saccade.engine.request import Request
@@ -21,14 +23,28 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.prompt import Prompt
 
 
+@dataclass(frozen=True)
+class InFlight:
+    """A step that is queued on the device, which chooses its tokens; nobody has seen them yet."""
+
+    chunks: list[Chunk]
+    token_ids: Callable[[], list[int]]  # waits for them, one of each chunk
+
+
 class Engine:
-    """Requests go in with `add`, advance with `step`, and always end: finished, cancelled, or with an error of their own."""
+    """Requests go in with `add`, advance with `step`, and always end: finished, cancelled, or with an error of their own.
+
+    Where the device chooses tokens, a step is queued before those of the last one are read, as long as the same requests go on. All
+    that such a step needs is known without them. A request that turns out to have ended is in one step too many, whose token for it
+    nobody reads; what the step stores lies in blocks that are free by then, behind whatever may be found in them.
+    """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: ChatTokenizer) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.config = runner.model.config
+        self._in_flight: InFlight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -80,23 +96,80 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one round of chunks. Returns the requests that got a token or ended."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        now = time.perf_counter()
-        for chunk in chunks:
-            if chunk.request.started is None:
-                chunk.request.started = now
-        batch = pack(chunks, self.scheduler.pool.block_size, self.runner.model.device)
+        if self._in_flight is None:
+            chunks = self.scheduler.schedule()
+            if not chunks:
+                return []
+            now = time.perf_counter()
+            for chunk in chunks:
+                if chunk.request.started is None:
+                    chunk.request.started = now
+            batch = pack(chunks, self.scheduler.pool.block_size)
+            if not self._can_launch(chunks, batch):
+                return self._compute(chunks, batch)
+            self.runner.begin(batch, [chunk.request.sampler for chunk in chunks])
+            self._in_flight = self._launch(chunks, batch, is_first=True)
+        flight = self._in_flight
+        self._in_flight = self._launch_ahead(flight)
+        return self._land(flight)
+
+    def _compute(self, chunks: Sequence[Chunk], batch: Batch) -> list[Request]:
+        """The step whose tokens the host chooses."""
         features = self._embed_media(batch, chunks)
         with self.runner.processors_to_itself():
             hidden = self.runner.run(batch, features)
             self._take_prompt_logprobs(chunks, hidden)
             advanced = self._take_tokens(chunks, batch, hidden)
+        return self._freed(advanced)
+
+    def _freed(self, advanced: list[Request]) -> list[Request]:
+        """The same requests; those that have ended no longer hold anything."""
         for request in advanced:
             if request.is_finished:
                 self.scheduler.remove(request)
         return advanced
+
+    # --- tokens chosen on the device ---
+
+    def _can_launch(self, chunks: Sequence[Chunk], batch: Batch) -> bool:
+        """Whether the device can choose the tokens of the step: one of each request, and of no probability is to be told."""
+        if self.scheduler.speculation is not None or not self.runner.chooses(batch):
+            return False
+        return all(chunk.reaches_end and chunk.request.params.logprobs is None for chunk in chunks)
+
+    def _launch(self, chunks: list[Chunk], batch: Batch, *, is_first: bool) -> InFlight:
+        draws = []
+        for chunk in chunks:
+            request = chunk.request
+            num_said = chunk.stop - len(request.prompt)
+            draws.append(Draw(request.sampler.next_number(), num_said >= request.params.min_tokens))
+        return InFlight(chunks, self.runner.launch(batch, draws, is_first=is_first))
+
+    def _launch_ahead(self, flight: InFlight) -> InFlight | None:
+        """The step behind `flight`; None where `flight` has to be read before it is known what is next."""
+        chunks = self.scheduler.ahead(flight.chunks)
+        if not chunks:
+            return None
+        batch = pack(chunks, self.scheduler.pool.block_size)
+        return self._launch(chunks, batch, is_first=False) if self.runner.can_follow(batch) else None
+
+    def _land(self, flight: InFlight) -> list[Request]:
+        """Takes the tokens of a step; of requests that have ended since it was queued there are none."""
+        advanced = []
+        for chunk, token_id in zip(flight.chunks, flight.token_ids(), strict=True):
+            request = chunk.request
+            if request.is_finished:
+                continue
+            if token_id == NOT_FINITE:
+                fail_of_logits(request)
+            else:
+                request.sampler.remember(token_id)
+                request.append(token_id)
+            self.scheduler.computed(chunk)
+            advanced.append(request)
+        return self._freed(advanced)
+
+    # --- tokens chosen on the host ---
 
     def _embed_media(self, batch: Batch, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Features of each placement's medium; the time goes to the requests that show one."""
@@ -145,11 +218,7 @@ def advance(request: Request, drafts: Sequence[int], logits: Sequence[Tensor]) -
     num_before = len(request.output_ids)
     for draft, row in zip([*drafts, None], logits, strict=True):
         if not is_finite(row):
-            request.finish(
-                "error",
-                error=f"the model gave non-finite logits after {request.num_tokens} tokens; its weights or this "
-                "precision are at fault: check the checkpoint (saccade inspect --check) or use --dtype float32",
-            )
+            fail_of_logits(request)
             break
         token_id = request.sampler.next_token(row)
         if request.params.logprobs is not None:
@@ -159,3 +228,11 @@ def advance(request: Request, drafts: Sequence[int], logits: Sequence[Tensor]) -
             break
     said = request.output_ids[num_before:]
     request.learn(len(drafts), sum(draft == token_id for draft, token_id in zip(drafts, said, strict=False)))
+
+
+def fail_of_logits(request: Request) -> None:
+    request.finish(
+        "error",
+        error=f"the model gave non-finite logits after {request.num_tokens} tokens; its weights or this "
+        "precision are at fault: check the checkpoint (saccade inspect --check) or use --dtype float32",
+    )

@@ -1,46 +1,137 @@
 """Decoding as recorded CUDA graphs: all launches of a step, recorded once for a batch size, then replayed as one.
 
 A step of a 3B model is some 400 launches, and the host needs longer to make them than the card to run them. Recordings are
-made when a size first comes up. What changes from step to step lies in buffers that the recording reads: tokens, positions,
-contexts, block tables, slots. A batch between two sizes is filled up with copies of its first row, which compute and store
-what that row does. Knows tensors and layouts; knows no model.
+made when a size first comes up. What changes from step to step lies in buffers that the recording reads: positions, contexts,
+block tables, slots, and where the next tokens are chosen on the card, too, the random numbers; all of it the host knows before the
+step's tokens. Those the card leaves where the next step reads them, so a step can be launched before the host has seen what the
+last one said. A batch between two sizes is filled up with copies of its first row, which compute and store what that row does.
+Knows tensors and layouts; knows no model and no requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from saccade.engine.batch import Batch
+from saccade.engine.device_sampling import DeviceSampler, Draw
+from saccade.engine.sampling import Sampler
 from saccade.kernels.record import PagedLayout
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows; larger batches are launched one by one, which their longer kernels hide
 NARROWEST_TABLE = 16  # blocks; tables grow by doubling, and with them the number of parts attention is split into
+LINE = 16  # words of 8 bytes after which each input begins, so that kernels may read it in vectors
 
 Compute = Callable[[Tensor, Tensor, PagedLayout], Tensor]  # token ids [B], positions [3, B] -> hidden rows [B, H]
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # a computation -> replay, its output
+Head = Callable[[Tensor], Tensor]  # hidden rows [B, H] -> logits [B, V]
+What = Literal["hidden rows", "likeliest tokens", "drawn tokens"]  # a step's outcome; drawing sorts the vocabulary
 
 
-@dataclass(frozen=True)
+class Card(Protocol):
+    """A device as recordings use it: what is asked for is queued, in this order; only what `mark` returns waits."""
+
+    device: torch.device
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Computes at least once, waiting for it. Returns what queues the computation again, and the output, overwritten each time."""
+
+    def host_words(self, count: int) -> Tensor:
+        """[count] int64 on the host, zeros, which `copy` can read and write without the host waiting."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Within the device, or to or from `host_words`, which are to be left alone until it is done."""
+
+    def mark(self) -> Callable[[], object]:
+        """What waits until all that is queued now is done."""
+
+
+class StepInputs:
+    """What a step of B rows reads that the host knows: parts of one run of words, which travels as a whole."""
+
+    def __init__(self, allocate: Callable[[int], Tensor], num_rows: int, width: int) -> None:
+        """`allocate`: a number -> as many zeros, int64; width: of the block tables."""
+        counts = [num_rows] * 4 + [3 * num_rows, num_rows * width, -(-num_rows // 2), -(-num_rows // 8)]
+        self.words = allocate(sum(_lines(count) for count in counts))
+        parts = torch.split_with_sizes(self.words, [_lines(count) for count in counts])
+        views = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        self.token_ids, self.slots = views[:2]  # [B]
+        self.numbers = views[2].view(torch.float64)  # [B]
+        self.positions = views[4].view(3, num_rows)
+        self.block_tables = views[5].view(num_rows, width)
+        self.contexts = views[6].view(torch.int32)[:num_rows]
+        self.may_end = views[7].view(torch.bool)[:num_rows]
+
+    def fill(self, batch: Batch, draws: Sequence[Draw]) -> None:
+        """Takes the batch, its first row again and again where there are more rows than it has."""
+        num_rows, width = batch.layout.block_tables.shape
+        for target, source in (
+            (self.token_ids, batch.token_ids),
+            (self.slots, batch.layout.slots),
+            (self.contexts, batch.layout.contexts),
+            (self.block_tables[:, :width], batch.layout.block_tables),
+            (self.positions.T, batch.positions.T),
+            (self.numbers, torch.tensor([draw.number for draw in draws], dtype=torch.float64)),
+            (self.may_end, torch.tensor([draw.may_end for draw in draws], dtype=torch.bool)),
+        ):
+            if len(source):
+                target[:num_rows] = source
+                target[num_rows:] = source[:1]
+
+
+def _lines(count: int) -> int:
+    return -(-count // LINE) * LINE
+
+
+class Lane:
+    """What of one step on its way the host must leave alone; two of them take turns."""
+
+    def __init__(self, card: Card, num_rows: int, width: int) -> None:
+        self.inputs = StepInputs(card.host_words, num_rows, width)
+        self.token_ids = card.host_words(num_rows)
+        self.wait: Callable[[], object] = lambda: None  # until the step that used it last is done
+
+
+class Seats:
+    """The tokens of B rows that are computed next, and what sampling knows of the rows; shared by all recordings of B rows."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.origins = torch.zeros(
+            num_rows, dtype=torch.int64, device=device
+        )  # the row each is a copy of, itself or the first
+        self.sampler = DeviceSampler(num_rows, vocab_size, device)
+
+    def begin(self, samplers: Sequence[Sampler]) -> None:
+        rows = [*range(len(samplers)), *[0] * (len(self.origins) - len(samplers))]
+        self.origins.copy_(torch.tensor(rows))
+        self.sampler.begin([samplers[row] for row in rows])
+
+
+@dataclass
 class Recording:
-    token_ids: Tensor  # [B]
-    positions: Tensor  # [3, B]
-    layout: PagedLayout
+    inputs: StepInputs  # on the device
     replay: Callable[[], object]
-    hidden: Tensor  # [B, H]
+    output: Tensor  # hidden rows [B, H], or token ids [B] as DeviceSampler tells them
+    lanes: tuple[Lane, Lane]  # the next one first
 
 
 class DecodeGraphs:
-    """Recordings by (batch size, width of the block tables)."""
+    """Recordings by (their outcome, number of rows, width of the block tables)."""
 
-    def __init__(self, compute: Compute, block_size: int, record: Recorder) -> None:
+    def __init__(self, compute: Compute, head: Head | None, vocab_size: int, block_size: int, card: Card) -> None:
+        """`head`: None where tokens are to be chosen elsewhere."""
         self.compute = compute
+        self.head = head
+        self.vocab_size = vocab_size
         self.block_size = block_size
-        self.record = record
-        self.recordings: dict[tuple[int, int], Recording] = {}
+        self.card = card
+        self.recordings: dict[tuple[What, int, int], Recording] = {}
+        self._seats: dict[int, Seats] = {}
+        self._drawing: What = "likeliest tokens"  # by those who have begun
 
     def takes(self, batch: Batch) -> bool:
         """Whether every chunk is one token that is decoded, and not too many."""
@@ -49,59 +140,133 @@ class DecodeGraphs:
 
     def run(self, batch: Batch) -> Tensor:
         """The hidden rows [S, H] of a batch it takes; they are overwritten by the next step of this size."""
-        num_rows, width = batch.layout.block_tables.shape
-        size = next(size for size in SIZES if size >= num_rows)
-        widest = NARROWEST_TABLE
-        while widest < width:
-            widest *= 2
-        recording = self.recordings.get((size, widest))
-        if recording is None:
-            recording = self._make(size, widest, batch)
-            self.recordings[size, widest] = recording
-        else:
-            _fill(recording.token_ids, recording.positions, recording.layout, batch)
+        recording = self._recording("hidden rows", batch)
+        lane = self._send(recording, batch)
         recording.replay()
-        return recording.hidden[:num_rows]
+        lane.wait = self.card.mark()
+        return recording.output[: len(batch.last_rows)]
 
-    def _make(self, size: int, width: int, batch: Batch) -> Recording:
-        device = batch.token_ids.device
-        token_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        positions = torch.zeros(3, size, dtype=torch.int64, device=device)
+    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> None:
+        """From now on `launch` chooses the tokens of these answers, which are the rows of a batch it takes. Waits for the device."""
+        is_greedy = all(sampler.params.is_greedy for sampler in samplers)
+        self._drawing = "likeliest tokens" if is_greedy else "drawn tokens"
+        self._recording(self._drawing, batch)  # before anything is noted that recording would change
+        self._seats[_size(batch)].begin(samplers)
+
+    def is_recorded(self, batch: Batch) -> bool:
+        """Whether `launch` need not record first, which computes and would note tokens that nobody says."""
+        return (self._drawing, *_shape(batch)) in self.recordings
+
+    def launch(self, batch: Batch, draws: Sequence[Draw], *, is_first: bool) -> Callable[[], list[int]]:
+        """Queues a step of the answers that have begun. `is_first`: its tokens are the batch's, later ones what the last step chose.
+
+        Returns what waits for the tokens, NOT_FINITE where logits were no numbers. At most two launches may be waited for at a time.
+        """
+        recording = self._recording(self._drawing, batch)
+        lane = self._send(recording, batch, draws)
+        if is_first:
+            self.card.copy(self._seats[_size(batch)].token_ids, recording.inputs.token_ids)
+        recording.replay()
+        self.card.copy(lane.token_ids, recording.output)
+        lane.wait = wait = self.card.mark()
+
+        def token_ids() -> list[int]:
+            wait()
+            return lane.token_ids[: len(draws)].tolist()
+
+        return token_ids
+
+    def _send(self, recording: Recording, batch: Batch, draws: Sequence[Draw] = ()) -> Lane:
+        """Queues the inputs' way to the device."""
+        lane, other = recording.lanes
+        recording.lanes = other, lane
+        lane.wait()
+        lane.inputs.fill(batch, draws)
+        self.card.copy(recording.inputs.words, lane.inputs.words)
+        return lane
+
+    def _recording(self, what: What, batch: Batch) -> Recording:
+        key = (what, *_shape(batch))
+        if key not in self.recordings:
+            self.recordings[key] = self._record(*key, batch)
+        return self.recordings[key]
+
+    def _record(self, what: What, size: int, width: int, batch: Batch) -> Recording:
+        device = self.card.device
+        inputs = StepInputs(lambda count: torch.zeros(count, dtype=torch.int64, device=device), size, width)
+        lanes = Lane(self.card, size, width), Lane(self.card, size, width)
         layout = PagedLayout(
             query_lengths=(1,) * size,
             context_lengths=(width * self.block_size,) * size,  # the longest; the real ones are in layout.contexts
-            block_tables=torch.zeros(size, width, dtype=torch.int64, device=device),
-            slots=torch.zeros(size, dtype=torch.int64, device=device),
+            block_tables=inputs.block_tables,
+            slots=inputs.slots,
         )
-        _fill(token_ids, positions, layout, batch)
-        replay, hidden = self.record(lambda: self.compute(token_ids, positions, layout))
-        return Recording(token_ids, positions, layout, replay, hidden)
+        vars(layout)["contexts"] = inputs.contexts  # instead of those it would make of the longest
+        lanes[0].inputs.fill(batch, ())  # so that only these rows are stored
+        self.card.copy(inputs.words, lanes[0].inputs.words)
+        lanes[0].wait = self.card.mark()
+        replay, output = self.card.record(self._step(what, size, inputs, layout))
+        return Recording(inputs, replay, output, lanes)
+
+    def _step(self, what: What, size: int, inputs: StepInputs, layout: PagedLayout) -> Callable[[], Tensor]:
+        if what == "hidden rows":
+            return lambda: self.compute(inputs.token_ids, inputs.positions, layout)
+        assert self.head is not None, "tokens are chosen elsewhere"
+        if size not in self._seats:
+            self._seats[size] = Seats(size, self.vocab_size, self.card.device)
+        head, seats = self.head, self._seats[size]
+
+        def step() -> Tensor:
+            hidden = self.compute(seats.token_ids, inputs.positions, layout)
+            token_ids, told = seats.sampler.next_tokens(
+                head(hidden), inputs.numbers, inputs.may_end, draws=what == "drawn tokens"
+            )
+            seats.token_ids.copy_(token_ids[seats.origins])
+            return told
+
+        return step
 
 
-def _fill(token_ids: Tensor, positions: Tensor, layout: PagedLayout, batch: Batch) -> None:
-    """Writes the batch into a recording's buffers, the first row again and again where there are more rows than it has."""
-    num_rows, width = batch.layout.block_tables.shape
-    for target, source in (
-        (token_ids, batch.token_ids),
-        (layout.slots, batch.layout.slots),
-        (layout.contexts, batch.layout.contexts),
-        (layout.block_tables[:, :width], batch.layout.block_tables),
-    ):
-        target[:num_rows] = source
-        target[num_rows:] = source[:1]
-    positions[:, :num_rows] = batch.positions
-    positions[:, num_rows:] = batch.positions[:, :1]
+def _size(batch: Batch) -> int:
+    return next(size for size in SIZES if size >= len(batch.last_rows))
 
 
-def record_cuda(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """A recorder for NVIDIA GPUs. Computes twice before: what is compiled or allocated on first use must not be recorded."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        hidden = compute()
-    return graph.replay, hidden
+def _shape(batch: Batch) -> tuple[int, int]:
+    """Rows and width of the recording that takes the batch."""
+    width = NARROWEST_TABLE
+    while width < batch.layout.block_tables.shape[1]:
+        width *= 2
+    return _size(batch), width
+
+
+class Cuda:
+    """An NVIDIA GPU. Everything is queued on the current stream; recordings share memory, as no two ever run together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Computes twice before: what is compiled or allocated on first use must not be recorded."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = compute()
+        return graph.replay, output
+
+    def host_words(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int64, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Callable[[], object]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event.synchronize

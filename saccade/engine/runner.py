@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from saccade.engine.batch import Batch, Placement
-from saccade.engine.graphs import DecodeGraphs, record_cuda
+from saccade.engine.device_sampling import Draw
+from saccade.engine.graphs import Cuda, DecodeGraphs
+from saccade.engine.sampling import Sampler
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Medium
 from saccade.kernels.record import KV_SCALE_BYTES, Kernels, PagedLayout
@@ -87,7 +89,13 @@ class Runner:
         plan = model.kernels.plan_decoder if model.ranks.is_alone else None  # in one call, nothing can be exchanged
         self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
         is_cuda = model.device.type == "cuda" and model.kernels.sources["attention_paged"] == "triton"
-        self.graphs = DecodeGraphs(self.compute, block_size, record_cuda) if is_cuda else None
+        self.graphs: DecodeGraphs | None = None
+        if is_cuda:
+            head = (
+                model.head if model.ranks.is_alone else None
+            )  # ranks would have to be told of steps before they are taken
+            vocab_size = model.config.text.vocab_size
+            self.graphs = DecodeGraphs(self.compute, head, vocab_size, block_size, Cuda(model.device))
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower
 
@@ -144,8 +152,29 @@ class Runner:
         """features[i]: [tokens, H] of batch.placements[i]'s medium. Returns the tokens' last hidden rows [T, H]."""
         if self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.run(batch)
-        placed = _place(batch.placements, features, batch.token_ids.device)
+        batch = batch.to(self.model.device)
+        placed = _place(batch.placements, features, self.model.device)
         return self.compute(batch.token_ids, batch.positions, batch.layout, *placed)
+
+    def chooses(self, batch: Batch) -> bool:
+        """Whether the tokens behind the batch's rows can be chosen on the device: `begin`, then `launch`."""
+        return self.graphs is not None and self.graphs.head is not None and self.graphs.takes(batch)
+
+    def can_follow(self, batch: Batch) -> bool:
+        """Whether the batch can be launched behind one under way."""
+        return self.graphs is not None and self.graphs.is_recorded(batch)
+
+    @torch.inference_mode()
+    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> None:
+        """The rows of the batch and of those launched from now on are these samplers'. No launch may be under way."""
+        assert self.graphs is not None, "tokens are chosen on the host"
+        self.graphs.begin(batch, samplers)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, draws: Sequence[Draw], *, is_first: bool) -> Callable[[], list[int]]:
+        """Queues a step and the choice of its rows' next tokens; returns what waits for them (see DecodeGraphs.launch)."""
+        assert self.graphs is not None, "tokens are chosen on the host"
+        return self.graphs.launch(batch, draws, is_first=is_first)
 
     def compute(
         self,

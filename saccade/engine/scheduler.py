@@ -9,6 +9,7 @@ together, guesses of the next ones follow a request's last: they take blocks tha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saccade.base.errors import PromptError
@@ -114,6 +115,24 @@ class Scheduler:
                 budget -= len(chunks[index].drafts)
         return chunks
 
+    def ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The step behind `chunks`, which were scheduled last and yield tokens that nobody has seen yet: each request's next token.
+
+        None where more is to be decided than that: who runs, who ends by length, whose blocks another gets.
+        """
+        if [chunk.request for chunk in chunks] != self.running:
+            return []
+        if any(len(chunk.request.output_ids) + 1 >= chunk.request.max_tokens for chunk in chunks):
+            return []
+        if self.waiting and len(self.running) < self.max_running and self._fits(self.waiting[0]):
+            return []
+        num_missing = sum(self.pool.blocks_for(chunk.stop + 1) - len(chunk.request.blocks) for chunk in chunks)
+        if num_missing > self.pool.num_free:
+            return []
+        for chunk in chunks:
+            self._grow(chunk.request, chunk.stop + 1)
+        return [Chunk(chunk.request, chunk.stop, 1) for chunk in chunks]
+
     def computed(self, chunk: Chunk) -> None:
         """Notes that the chunk is in the cache, of its drafts those that are the answer's tokens now.
 
@@ -143,19 +162,24 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> Chunk | None:
         """The request's first chunk, blocks for all its tokens held, or None while there is no room for them."""
+        if not self._fits(request):
+            return None
         known = self._known_prefix(request)
         start = len(known) * self.pool.block_size
-        needed = self.pool.blocks_for(request.num_tokens) - len(known) + self.pool.num_free_among(known)
-        # Leave a block for each running request to grow into, lest admission and preemption chase each other.
-        reserve = len(self.running)
-        if needed + reserve > self.pool.num_free and (self.running or needed > self.pool.num_free):
-            return None
         for block in known:
             self.pool.hold(block)
         request.blocks = known
         request.num_computed = request.num_cached = start
         self._grow(request, request.num_tokens)
         return Chunk(request, start, min(request.num_tokens - start, budget))
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there is room to admit the request."""
+        known = self._known_prefix(request)
+        needed = self.pool.blocks_for(request.num_tokens) - len(known) + self.pool.num_free_among(known)
+        # Leave a block for each running request to grow into, lest admission and preemption chase each other.
+        reserve = len(self.running)
+        return needed + reserve <= self.pool.num_free or (not self.running and needed <= self.pool.num_free)
 
     def _known_prefix(self, request: Request) -> list[int]:
         # Logits of prompt tokens are wanted, or the last token's: those must be computed.

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -98,7 +97,7 @@ class LeadingRunner(Runner):
         return self._together("embed_media", media, lambda: super(LeadingRunner, self).embed_media(media))
 
     def run(self, batch: Batch, features: Sequence[Tensor]) -> Tensor:
-        return self._together("run", _portable(batch), lambda: super(LeadingRunner, self).run(batch, features))
+        return self._together("run", batch, lambda: super(LeadingRunner, self).run(batch, features))
 
     def head(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         return self._together("head", rows, lambda: super(LeadingRunner, self).head(hidden, rows))
@@ -126,23 +125,10 @@ def follow(runner: Runner) -> None:
         if name == "embed_media":
             features, _ = runner.embed_media(argument)
         elif name == "run":
-            batch = _on(argument, runner.model.device)
-            hidden = runner.run(batch, features if batch.placements else [])
+            hidden = runner.run(argument, features if argument.placements else [])
         else:
             assert hidden is not None, "logits before a step"
             runner.head(hidden, argument)
-
-
-def _portable(batch: Batch) -> Batch:
-    """The batch as it can be told."""
-    return _on(batch, torch.device("cpu"))
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    layout = replace(
-        batch.layout, block_tables=batch.layout.block_tables.to(device), slots=batch.layout.slots.to(device)
-    )
-    return replace(batch, token_ids=batch.token_ids.to(device), positions=batch.positions.to(device), layout=layout)
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------

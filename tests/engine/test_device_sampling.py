@@ -59,7 +59,7 @@ def step(rows: DeviceSampler, samplers: list[Sampler], logits: Tensor, num_said:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_row_says_what_it_says_on_the_host(seed: int) -> None:
     """Greedy and drawn rows together, any options; the first tokens chosen on the host, as a prompt's are, the others here."""
-    count = 1 + seed % 5
+    count = [1, 2, 4, 5, 19][seed % 5]  # the last is sorted in two tiles
     host, moving = samplers_of(seed, count), samplers_of(seed, count)
     rows = DeviceSampler(count, VOCAB, CPU)
     for num_said in range(9):

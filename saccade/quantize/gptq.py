@@ -8,6 +8,9 @@ diagonal, each corrected within itself. Knows tensors; knows no model. Letters: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,37 +19,59 @@ from saccade.schemes.scheme import Scheme
 
 DAMPING = 0.01  # of the mean diagonal, added to it; a tenth more each time the factorisation fails
 COLUMNS_AT_ONCE = 128  # whose corrections of the rest are gathered into one product
+ROWS_AT_ONCE = 4096  # each is rounded by itself
 COLUMNS_AT_HAND = 16  # of those, likewise: a column corrects at once only these, which stay in a processor's cache
 
 
-def gptq(weight: Tensor, hessian: Tensor, steps: Steps) -> Tensor:
-    """weight: [O, H] float32; hessian: [B, C, C] float32, B * C = H, the mean of x x^T. Returns multiples [O, H] float32."""
-    out = torch.empty_like(weight)
-    for index, block in enumerate(hessian):
-        first = index * len(block)
-        last = first + len(block)
-        out[:, first:last] = _block(weight[:, first:last], block, steps.of(first, last).expand(-1, len(block)), steps)
+@dataclass(frozen=True)
+class Correction:
+    """What a block of columns needs to be corrected: their order, [C] int64, and the upper Cholesky factor of the damped Hessian's
+    inverse in that order, [C, C] float32.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+def corrections(hessian: Tensor) -> list[Correction]:
+    """hessian: [B, C, C] float32, the mean of x x^T. All weights that read the same x share them."""
+    found = []
+    for block in hessian:
+        order = block.diagonal().argsort(descending=True, stable=True)
+        found.append(Correction(order, _inverse_factor(block[order][:, order])))
+    return found
+
+
+def gptq(weight: Tensor, blocks: Sequence[Correction], steps: Steps) -> Tensor:
+    """weight: [O, H] float32, B * C = H. Returns the multiples [O, H], int8 or float8. Some rows at a time, which bounds memory."""
+    out = torch.empty(
+        weight.shape, dtype=torch.float8_e4m3fn if steps.scheme.is_float else torch.int8, device=weight.device
+    )
+    first = 0
+    for block in blocks:
+        last = first + len(block.order)
+        for top in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(top, top + ROWS_AT_ONCE)
+            step = steps.rows(rows).of(first, last).expand(-1, last - first)
+            out[rows, first:last] = _block(weight[rows, first:last], block, step, steps.scheme).to(out.dtype)
+        first = last
     return out
 
 
-def _block(weight: Tensor, hessian: Tensor, step: Tensor, steps: Steps) -> Tensor:
-    diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    upper = _inverse_factor(hessian[order][:, order])
-    work = weight[:, order].contiguous()
-    step = step[:, order]
+def _block(weight: Tensor, block: Correction, step: Tensor, scheme: Scheme) -> Tensor:
+    upper = block.upper
+    work = weight[:, block.order]
+    step = step[:, block.order]
     multiples = torch.empty_like(work)
     num_columns = work.shape[1]
     for start in range(0, num_columns, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, num_columns)
         columns = work[:, start:end].t().contiguous()  # a column is a row here: contiguous
-        errors = _round_columns(columns, step[:, start:end].t(), upper[start:end, start:end], steps.scheme)
-        multiples[:, start:end] = columns.t()
+        errors = _round_columns(columns, step[:, start:end].t(), upper[start:end, start:end], scheme)
+        multiples[:, block.order[start:end]] = columns.t()
         if end < num_columns:
             work[:, end:].addmm_(errors.t(), upper[start:end, end:], alpha=-1)
-    out = torch.empty_like(multiples)
-    out[:, order] = multiples
-    return out
+    return multiples
 
 
 def _round_columns(columns: Tensor, step: Tensor, upper: Tensor, scheme: Scheme) -> Tensor:

@@ -5,7 +5,7 @@ Knows one linear and what was seen of its inputs; knows no block and no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from saccade.kernels.record import Kernels
 from saccade.model.layers import Linear
 from saccade.quantize.best_recipe import BestRecipe
 from saccade.quantize.clip import search_steps
-from saccade.quantize.gptq import gptq
+from saccade.quantize.gptq import Correction, corrections, gptq
 from saccade.quantize.ranges import static_parameters
 from saccade.quantize.report import QUANTILES, InputRange, Kind, LayerMeasure, sqnr_db
 from saccade.quantize.source import Block
@@ -42,36 +42,37 @@ class Rounder:
     def round(
         self, layer: Linear, scheme: Scheme, source: Block, seen: Seen | None, before: Tensor | None
     ) -> Iterator[LayerMeasure]:
-        """All parts of one product at once: they share the input's statistics. `before`: [kinds, H], the largest inputs unsmoothed.
+        """The parts of one product: they share the input's statistics. `before`: [kinds, H], the largest inputs unsmoothed.
 
         The weights appear in `source`.
         """
-        weight = torch.cat([source.tensors[f"{part}.weight"] for part in layer.parts])
-        dtype = self.scale_dtype(scheme)
-        importance = None if seen is None else seen.mean_square
-        if self.recipe.rounded_by == "rtn":
-            steps = max_steps(weight, scheme, dtype)
-        else:
-            steps = search_steps(weight, scheme, dtype, importance)
-        if self.recipe.rounded_by == "gptq" and seen is not None and seen.hessian is not None:
-            multiples = gptq(weight, seen.hessian, steps)
-            multiples = multiples.to(torch.float8_e4m3fn if scheme.is_float else torch.int8)
-        else:
-            multiples = round_to_nearest(weight, steps)
-        activation = None
+        weights = {part: source.tensors[f"{part}.weight"] for part in layer.parts}
+        activation, blocks = None, None
         if scheme.activation == "static":
             assert seen is not None, f"{scheme.name} has samples"
             low, high = float(seen.low.min()), float(seen.high.max())
+            energy = torch.stack([weight.square().sum(0) for weight in weights.values()]).sum(0)
             activation = static_parameters(
-                seen.rows, low, high, self.recipe.range_method, weight.square().sum(0), dtype, self.recipe.percentile
+                seen.rows, low, high, self.recipe.range_method, energy, self.scale_dtype(scheme), self.recipe.percentile
             )
-        first = 0
-        for part, count in layer.parts.items():
-            rows = slice(first, first + count)
-            first += count
-            rounded = self.as_weight(part, multiples[rows], steps.rows(rows), source, activation)
+        if self.recipe.rounded_by == "gptq" and seen is not None and seen.hessian is not None:
+            blocks = corrections(seen.hessian)
+        for part, weight in weights.items():
+            multiples, steps = self.multiples(weight, scheme, seen, blocks)
+            rounded = self.as_weight(part, multiples, steps, source, activation)
             source.weights[part] = rounded
-            yield self.measure(part, rounded, weight[rows], multiples[rows], steps.rows(rows), seen, before)
+            yield self.measure(part, rounded, weight, multiples, steps, seen, before)
+
+    def multiples(
+        self, weight: Tensor, scheme: Scheme, seen: Seen | None, blocks: Sequence[Correction] | None
+    ) -> tuple[Tensor, Steps]:
+        """[O, H] int8, or float8, and what they are multiples of. `blocks`: what corrects the rounding of columns; None for nothing."""
+        dtype = self.scale_dtype(scheme)
+        if self.recipe.rounded_by == "rtn":
+            steps = max_steps(weight, scheme, dtype)
+        else:
+            steps = search_steps(weight, scheme, dtype, None if seen is None else seen.mean_square)
+        return (round_to_nearest(weight, steps) if blocks is None else gptq(weight, blocks, steps)), steps
 
     def as_weight(
         self, part: str, multiples: Tensor, steps: Steps, source: Block, activation: tuple[Tensor, Tensor] | None

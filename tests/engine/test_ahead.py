@@ -98,6 +98,26 @@ def test_length_ends_an_answer_without_a_step_too_many_and_other_ends_with_one(o
     assert card.num_replayed == num_said - 1 + 1
 
 
+def test_the_first_token_that_may_end_an_answer_is_the_hosts(open_tiny: Open) -> None:
+    llm, card = late(open_tiny(speculation="off"))
+    plain = open_tiny(speculation="off")
+    said = plain.chat(conversation(0), GREEDY)[0].outputs[0].token_ids
+    at = next(i for i in range(3, len(said)) if said[i] not in said[:i])
+    for min_tokens in (at, at + 1):
+        params = dataclasses.replace(GREEDY, stop_token_ids=(said[at],), min_tokens=min_tokens)
+        left, right = (each.chat(conversation(0), params)[0].outputs[0] for each in (llm, plain))
+        assert (left.token_ids, left.finish_reason) == (right.token_ids, right.finish_reason)
+        assert (len(left.token_ids) == at + 1) == (min_tokens <= at)
+    assert card.num_ahead > 2
+
+
+def test_a_prompt_that_is_computed_token_by_token_says_nothing_before_its_end(open_tiny: Open) -> None:
+    """A step of two tokens, one of them another's: both chunks are single tokens."""
+    llm, card = late(open_tiny(speculation="off", max_tokens_per_step=2))
+    assert answers(llm, range(0, 10, 5), [GREEDY]) == answers(open_tiny(speculation="off"), range(0, 10, 5), [GREEDY])
+    assert card.num_ahead > 5
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_only_what_was_said_is_found_in_the_prefix_cache(open_tiny: Open, block_size: int) -> None:
     plain = open_tiny(speculation="off", block_size=block_size)

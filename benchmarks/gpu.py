@@ -47,6 +47,8 @@ from saccade.engine.sampling import Sampler  # noqa: E402
 from saccade.kernels import reference  # noqa: E402
 from saccade.kernels.choose import choose  # noqa: E402
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments  # noqa: E402
+from saccade.kernels.triton_linear import gated_rows  # noqa: E402
+from saccade.kernels.triton_rows import rows_for  # noqa: E402
 from saccade.schemes.affine import quantize_weight  # noqa: E402
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight  # noqa: E402
 
@@ -74,7 +76,15 @@ def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, i
             weight = weight if name == "dense" else quantize_weight(weight, SCHEMES[name])
         return kernels.linear(x, weight), reference.linear(x.float(), weight.to(device, torch.float32))
 
+    def of_gate(name: str, rows: int, columns: int, outputs: int) -> tuple[Tensor, Tensor]:
+        x, gate_up = randn(rows, columns), quantize_weight(Weight(randn(2 * outputs, columns) * 0.05), SCHEMES[name])
+        got = gated_rows(rows_for(x, gate_up), gate_up, Weight(randn(16, outputs)), dtype).values
+        return got, reference.silu_mul(reference.linear(x.float(), gate_up.to(device, torch.float32)))
+
     for columns, outputs in shapes:
+        for name in ("w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128"):
+            label = f"gate {name}, 3 x {columns} -> {outputs}"
+            checks.append((label, lambda n=name, c=columns, o=outputs: of_gate(n, 3, c, o)))
         for rows in (1, 5, 16, 40, 200):
             for name in (
                 "w8a16",

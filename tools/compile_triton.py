@@ -127,15 +127,27 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda weight=weight, rows=rows: triton_linear.linear(zeros(rows, 1280), weight),
             )
 
+            if name == "fp8" or rows > triton_cuts.FEW_ROWS:
+                continue
+            for down in (_weight("w8a16"), _weight("w8a8")):  # the gate's numbers as they are, and quantized
+                for columns in (1280, 8192):  # the latter split
+                    gate = _weight(name, columns)
+                    yield (
+                        f"gate {name}, {columns} columns, for {down.scheme.name}",
+                        lambda gate=gate, down=down, columns=columns: triton_linear.gated_rows(
+                            triton_rows.rows_for(zeros(1, columns), gate), gate, down, dtype
+                        ),
+                    )
 
-def _weight(name: str) -> Weight:
-    """[256, 1280] with a bias."""
+
+def _weight(name: str, columns: int = 1280) -> Weight:
+    """[256, columns] with a bias."""
     if name == W8A8.name:
         ones = torch.ones(256)
         static = Static(ones[:1], ones[:1], ones.int(), ones)
-        return Weight(torch.zeros(256, 1280, dtype=torch.int8), ones, None, W8A8, static=static)
+        return Weight(torch.zeros(256, columns, dtype=torch.int8), ones, None, W8A8, static=static)
     bias = torch.zeros(256, dtype=torch.bfloat16)
-    return quantize_weight(Weight(torch.zeros(256, 1280, dtype=torch.bfloat16), bias=bias), SCHEMES[name])
+    return quantize_weight(Weight(torch.zeros(256, columns, dtype=torch.bfloat16), bias=bias), SCHEMES[name])
 
 
 def compile_all(capability: int, dtype: torch.dtype, only: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """A step of the whole decoder with fewer launches than its ops one by one: what goes through the same rows goes through them once.
 
-Of a layer: norm with quantization; rotary with storing keys and values; gating with quantization. Every launch is one that the host
+Of a layer: norm with quantization; rotary with storing keys and values; gating with quantization, and both with the product before
+where they can. Every launch is one that the host
 queues or a recording replays, and of a small model's step they take as long as reading its weights.
 """
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from saccade.kernels.record import DecoderStep, DecoderWeights, PagedLayout
 from saccade.kernels.triton_attention import attention_paged
 from saccade.kernels.triton_heads import rope_and_store
-from saccade.kernels.triton_linear import linear, product
-from saccade.kernels.triton_rows import norm_rows, rms_norm, rows_for
+from saccade.kernels.triton_linear import gated_rows, linear, product
+from saccade.kernels.triton_rows import norm_rows, rms_norm
 
 
 def plan_decoder(weights: DecoderWeights, cache: Tensor) -> DecoderStep:
@@ -26,8 +27,7 @@ def plan_decoder(weights: DecoderWeights, cache: Tensor) -> DecoderStep:
             attended = attention_paged(q, k_cache, v_cache, layout, q.shape[-1] ** -0.5)
             x = linear(attended.flatten(1), layer.output)
             rows, residual = norm_rows(x, layer.post_gain, weights.eps, residual, layer.gate_up)
-            gate_up = product(rows, layer.gate_up, x.dtype)
-            x = product(rows_for(gate_up, layer.down, is_gated=True), layer.down, x.dtype)
+            x = product(gated_rows(rows, layer.gate_up, layer.down, x.dtype), layer.down, x.dtype)
         return rms_norm(x, weights.gain, weights.eps, residual)[0]
 
     return step

@@ -8,6 +8,8 @@ Letters: T rows of x, O outputs, H columns, G columns in a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -16,13 +18,14 @@ from torch import Tensor
 from saccade.kernels import reference
 from saccade.kernels.triton_common import IS_INTERPRETED, dot, narrow, operand
 from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_of, tuned_cut
-from saccade.kernels.triton_rows import Rows, from_e4m3, rows_for
+from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
 from saccade.schemes.packing import RUN
-from saccade.schemes.scheme import Weight
+from saccade.schemes.scheme import Static, Weight
 
 SCALED_MM_CAPABILITY = (9, 0)  # from here on torch multiplies e4m3 with a scale for each row
 
 _RUN = tl.constexpr(RUN)
+_FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -48,20 +51,34 @@ def _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quan
 
 
 @triton.jit
+def _store_gated(gate, up, y_at, inside, out_scale_ptr, out_zero_ptr, DTYPE: tl.constexpr):
+    """silu(gate) * up as numbers of DTYPE, or quantized by a scale and zero point that are given."""
+    x = gated(narrow(gate, DTYPE).to(tl.float32), narrow(up, DTYPE).to(tl.float32), DTYPE)
+    if out_scale_ptr is not None:
+        tl.store(y_at, quantized(x, tl.load(out_scale_ptr), tl.load(out_zero_ptr)), mask=inside)
+    else:
+        tl.store(y_at, narrow(x, DTYPE), mask=inside)
+
+
+@triton.jit
 def _matmul(
     x_ptr, w_ptr, group_scale_ptr, zero_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, parts_ptr,
-    T, O, H, x_stride, w_stride,  # noqa: E741
-    PACKED: tl.constexpr, G: tl.constexpr, IS_TWO_STAGE: tl.constexpr, IS_INTEGER: tl.constexpr, IS_E4M3: tl.constexpr,
-    DOT: tl.constexpr, EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
+    out_scale_ptr, out_zero_ptr, T, O, H, x_stride, w_stride,  # noqa: E741
+    GATED: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr, G: tl.constexpr,
+    IS_TWO_STAGE: tl.constexpr, IS_INTEGER: tl.constexpr, IS_E4M3: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """IS_INTEGER: sums are int32. DOT: the type both operands are multiplied in. EVEN: BLOCK_H divides H.
 
+    GATED: the first half of the outputs is the gate of the second, DTYPE what they would be stored as; a tile takes both in turn.
     4-bit weights: G >= BLOCK_H, or IS_TWO_STAGE, or both; a float group's sum is scaled when its tile is done.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     split = tl.program_id(2)
     is_row, is_output = t < T, o < O
+    if GATED:
+        o = o // 2 + o % 2 * (O // 2)
     x_row = x_ptr + t.to(tl.int64) * x_stride
     w_row = w_ptr + o.to(tl.int64) * w_stride
     acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.int32 if IS_INTEGER else tl.float32)
@@ -113,27 +130,52 @@ def _matmul(
     inside = is_output[:, None] & is_row[None, :]
     if SPLITS == 1:
         y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
-        y_at = y_ptr + t.to(tl.int64)[None, :] * O + o[:, None]
-        tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_O // 2, 2, BLOCK_T]), [0, 2, 1]))
+            pair = tl.program_id(1) * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
+            y_at = y_ptr + t.to(tl.int64)[None, :] * (O // 2) + pair[:, None]
+            _store_gated(gate, up, y_at, (pair < O // 2)[:, None] & is_row[None, :], out_scale_ptr, out_zero_ptr, DTYPE)
+        else:
+            y_at = y_ptr + t.to(tl.int64)[None, :] * O + o[:, None]
+            tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(parts_ptr + (split * T + t).to(tl.int64)[None, :] * O + o[:, None], acc, mask=inside)
 
 
 @triton.jit
-def _add_parts(
-    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, T, O,  # noqa: E741
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+def _sum_of_parts(
+    parts_ptr, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, T, O, SPLITS: tl.constexpr  # noqa: E741
 ):  # fmt: skip
-    t = tl.arange(0, BLOCK_T)
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    is_row, is_output = t < T, o < O
     inside = is_output[:, None] & is_row[None, :]
     at = t[None, :] * O + o[:, None]  # few rows: far from 2^31, with all parts
     acc = tl.load(parts_ptr + at, mask=inside, other=0)
     for split in range(1, SPLITS):
         acc += tl.load(parts_ptr + split * T * O + at, mask=inside, other=0)
-    y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
-    tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
+    return _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, out_scale_ptr, out_zero_ptr, T, O,  # noqa: E741
+    GATED: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """As in _matmul; each program has BLOCK_O outputs of y."""
+    t = tl.arange(0, BLOCK_T)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    width = O // 2 if GATED else O
+    is_row, is_output = t < T, o < width
+    inside = is_output[:, None] & is_row[None, :]
+    y_at = y_ptr + t[None, :] * width + o[:, None]
+    y = _sum_of_parts(
+        parts_ptr, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, T, O, SPLITS
+    )
+    if GATED:
+        up = _sum_of_parts(
+            parts_ptr, o + width, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, T, O, SPLITS
+        )
+        _store_gated(y, up, y_at, inside, out_scale_ptr, out_zero_ptr, DTYPE)
+    else:
+        tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 # --- the product -------------------------------------------------------------------------------------------------------
@@ -157,8 +199,35 @@ def product(rows: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut: Cut) -> None:
-    """The product by our kernel, cut so. Fills out [T, O].
+def gated_rows(rows: Rows, gate_up: Weight, down: Weight, dtype: torch.dtype) -> Rows:
+    """silu(gate) * up, [T, I] as `down` multiplies it, of the product of rows [T, H] with the stacked `gate_up`, in `dtype`.
+
+    With few rows the product's own launch does it, unless a scale for the whole row has to be found first.
+    """
+    x = rows.values
+    cut = tuned_cut(len(x), gate_up, x.device)
+    is_ours = not gate_up.scheme.is_dense or cut is not None
+    if not is_ours or not 0 < len(x) <= FEW_ROWS or down.scheme.activation == "dynamic":
+        return rows_for(product(rows, gate_up, dtype), down, is_gated=True)
+    kind = dtype if down.static is None else torch.int8
+    out = torch.empty(len(x), gate_up.out_features // 2, dtype=kind, device=x.device)
+    cut = cut or cut_of(len(x), gate_up, x.element_size(), x.device)
+    multiply(x, rows.scale, gate_up, out, cut, Gate(dtype, down.static))
+    return Rows(out)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is done with a product whose outputs are a gate's and what it lets through, each rounded to `dtype`."""
+
+    dtype: torch.dtype
+    static: Static | None  # how the result is quantized; None: not
+
+
+def multiply(
+    x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut: Cut, gate: Gate | None = None
+) -> None:
+    """The product by our kernel, cut so. Fills out [T, O]; through a gate, [T, O / 2].
 
     x: [T, H] as the scheme multiplies it, x_scale: [T] float32 where activations are dynamic.
     """
@@ -172,7 +241,7 @@ def multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut
     elif x.dtype in (torch.int8, torch.float8_e4m3fn):
         dot = tl.float16  # holds each of their numbers, and the sums are float32
     else:
-        dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
+        dot = _FLOATS[x.dtype]
     group_scale = weight.scale if has_float_groups else weight.group_scale
     scale: Tensor | None
     bias: Tensor | None
@@ -189,9 +258,12 @@ def multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut
     if scheme.is_float:
         x = x.view(torch.int8)  # read as bytes, for a masked read fills up with whole numbers
     values = weight.values.view(torch.int8) if is_packed or scheme.is_float else weight.values
+    static = gate.static if gate is not None else None
+    out_scale, out_zero = (None, None) if static is None else (static.scale, static.zero)
+    dtype = _FLOATS[gate.dtype] if gate is not None else None
     _matmul[grid](
-        x, values, group_scale, weight.zero, scale, x_scale, bias, quant_bias, out, parts,
-        num_rows, num_outputs, num_columns, x.stride(0), values.stride(0),
+        x, values, group_scale, weight.zero, scale, x_scale, bias, quant_bias, out, parts, out_scale, out_zero,
+        num_rows, num_outputs, num_columns, x.stride(0), values.stride(0), GATED=gate is not None, DTYPE=dtype,
         PACKED=is_packed, G=scheme.group_size or 0, IS_TWO_STAGE=weight.group_scale is not None,
         IS_INTEGER=is_integer, IS_E4M3=scheme.is_float, DOT=dot, EVEN=num_columns % cut.block_h == 0,
         BLOCK_T=cut.block_t, BLOCK_O=cut.block_o, BLOCK_H=cut.block_h, SPLITS=cut.splits,
@@ -200,9 +272,9 @@ def multiply(x: Tensor, x_scale: Tensor | None, weight: Weight, out: Tensor, cut
     if cut.splits > 1:
         block_t = triton.next_power_of_2(num_rows)
         block_o = 256 // block_t
-        _add_parts[(triton.cdiv(num_outputs, block_o),)](
-            parts, scale, x_scale, bias, quant_bias, out, num_rows, num_outputs,
-            SPLITS=cut.splits, BLOCK_T=block_t, BLOCK_O=block_o, num_warps=2,
+        _add_parts[(triton.cdiv(out.shape[1], block_o),)](
+            parts, scale, x_scale, bias, quant_bias, out, out_scale, out_zero, num_rows, num_outputs,
+            GATED=gate is not None, DTYPE=dtype, SPLITS=cut.splits, BLOCK_T=block_t, BLOCK_O=block_o, num_warps=2,
         )  # fmt: skip
 
 

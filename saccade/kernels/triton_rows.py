@@ -54,14 +54,20 @@ def from_e4m3(bits):
 
 
 @triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up of float32 numbers of `dtype`, rounded as tensors of them would be; float32."""
+    silu = narrow(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32)
+    return narrow(silu * up, dtype).to(tl.float32)
+
+
+@triton.jit
 def _load(x_at, inside, width, GATED: tl.constexpr):
-    """Numbers of rows as float32. GATED: silu of each, times the one `width` further, rounded as a tensor of them would be."""
+    """Numbers of rows as float32. GATED: silu of each, times the one `width` further."""
     x = tl.load(x_at, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
     if GATED:
-        gate, up = x.to(tl.float32), tl.load(x_at + width, mask=inside, other=0.0).to(tl.float32)
-        silu = narrow(gate / (1.0 + tl.exp(-gate)), x.dtype).to(tl.float32)
-        x = narrow(silu * up, x.dtype)
-    return x.to(tl.float32)
+        wide = gated(wide, tl.load(x_at + width, mask=inside, other=0.0).to(tl.float32), x.dtype)
+    return wide
 
 
 @triton.jit
@@ -80,7 +86,8 @@ def _dynamic(x, divisor, IS_FLOAT: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _static(x, scale, zero):
+def quantized(x, scale, zero):
+    """float32 to int8 by a scale and zero point that are given."""
     x = tl.div_rn(x, tl.zeros_like(x) + scale) + zero
     return whole(tl.minimum(tl.maximum(x, -128.0), 127.0)).to(
         tl.int8
@@ -122,7 +129,7 @@ def _each(
     inside = (row < T) & (column < H)
     x = _load(x_ptr + row * x_stride + column, inside, H, GATED)
     if scale_ptr is not None:
-        tl.store(y_ptr + row * H + column, _static(x, tl.load(scale_ptr), tl.load(zero_ptr)), mask=inside)
+        tl.store(y_ptr + row * H + column, quantized(x, tl.load(scale_ptr), tl.load(zero_ptr)), mask=inside)
     else:
         tl.store(y_ptr + row * H + column, narrow(x, y_ptr.dtype.element_ty), mask=inside)
 
@@ -208,7 +215,7 @@ def _rms_norm(
         tl.store(row_scale_ptr + line, tl.where(is_unfit, float("nan"), scale), mask=line < T)
         tl.store(y_at, _dynamic(y, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]), IS_FLOAT, LIMIT), mask=inside)
     elif scale_ptr is not None:
-        tl.store(y_at, _static(y.to(tl.float32), tl.load(scale_ptr), tl.load(zero_ptr)), mask=inside)
+        tl.store(y_at, quantized(y.to(tl.float32), tl.load(scale_ptr), tl.load(zero_ptr)), mask=inside)
     else:
         tl.store(y_at, y, mask=inside)
 

@@ -31,15 +31,16 @@ def make(scheme: Scheme) -> Weight:
 
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
 def test_rows_are_computed_apart_as_together(scheme: Scheme) -> None:
-    weight, x = make(scheme), torch.randn(5, 768)
+    weight, x = make(scheme), torch.randn(5, 768, generator=torch.Generator().manual_seed(1))
     part = take_rows(weight, [slice(40, 48), slice(3, 10)])
     whole = linear(x, weight)
-    torch.testing.assert_close(linear(x, part), torch.cat([whole[:, 40:48], whole[:, 3:10]], dim=1))
+    apart = linear(x, part)  # a product of another shape may sum in another order
+    torch.testing.assert_close(apart, torch.cat([whole[:, 40:48], whole[:, 3:10]], dim=1), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
 def test_products_of_columns_add_up_and_the_bias_counts_once(scheme: Scheme) -> None:
-    weight, x = make(scheme), torch.randn(5, 768)
+    weight, x = make(scheme), torch.randn(5, 768, generator=torch.Generator().manual_seed(1))
     for columns in COLUMNS[
         1:
     ]:  # so that activations with a scale of their own for each row get the same one in all parts

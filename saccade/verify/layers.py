@@ -40,6 +40,7 @@ FREE_OUTPUTS = ("q_proj", "k_proj", "v_proj", "up_proj", "attn.qkv")  # up to a 
 NORMED_INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the decoder: they read the stream
 RESIDUAL_OUTPUTS = ("o_proj", "mlp.down_proj", "merger.mlp.2")  # of the language model: in the stream's basis
 HEAD_VALUES_AT_ONCE = 1 << 25
+ROWS_AT_ONCE = 512  # of a weight
 
 
 @dataclass
@@ -98,7 +99,7 @@ def _forward(model: Qwen2_5_VL, packed: Packed, kernels: Kernels, device: torch.
 
 @dataclass
 class _Pair:
-    """Stands in for a block of the float model: fills both blocks, runs them on their halves, measures, forgets them."""
+    """Stands in for a block of the float model: fills one, then the other, runs them on their halves, measures."""
 
     name: str
     ours: nn.Module
@@ -111,29 +112,21 @@ class _Pair:
 
     def forward(self, *arguments: Any) -> Any:
         first, second = ([_half(argument, which) for argument in arguments] for which in (0, 1))
-        with self._filled():
-            is_block = isinstance(self.ours, VisionBlock | DecoderLayer | Merger)
-            with _recorded(self.ours) as seen:
-                exact = type(self.ours).forward(self.ours, *first)
+        is_block = isinstance(self.ours, VisionBlock | DecoderLayer | Merger)
+        with _filled(self.ours, self.fillings[0]), _recorded(self.ours) as seen:
+            exact = type(self.ours).forward(self.ours, *first)
+        with _filled(self.theirs, self.fillings[1]):
             if is_block:
                 with _recorded(self.theirs) as seen_there:
                     alone = type(self.theirs).forward(self.theirs, *self._to_their_basis(first))
             own = type(self.theirs).forward(self.theirs, *second)
-            if is_block:
-                self._measure_linears(seen, seen_there)
-                self._measure_block(first, exact, alone, own)
+        if is_block:
+            self._measure_linears(seen, seen_there)
+            self._measure_block(first, exact, alone, own)
         self.advance(1)
         if isinstance(exact, tuple):
             return tuple(torch.cat(halves) for halves in zip(exact, own, strict=True))
         return torch.cat([exact, own])
-
-    @contextmanager
-    def _filled(self) -> Iterator[None]:
-        for block, filling in zip((self.ours, self.theirs), self.fillings, strict=True):
-            fill(block, filling)
-        yield
-        for block in (self.ours, self.theirs):
-            empty(block)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, Checkpoint]:
@@ -228,6 +221,14 @@ def _half(argument: Any, which: int) -> Any:
         return WholeSequences(argument.kernels, lengths[: len(lengths) // 2])
     assert argument is None, f"{type(argument)} has no halves"
     return None
+
+
+@contextmanager
+def _filled(block: nn.Module, filling: Filling) -> Iterator[None]:
+    """Of the two blocks one at a time has its numbers: in float32 they are what takes most memory."""
+    fill(block, filling)
+    yield
+    empty(block)
 
 
 def empty(block: nn.Module) -> None:
@@ -325,8 +326,13 @@ def _clipped(x: Tensor, static: Static) -> float:
 
 
 def _kurtosis(values: Tensor) -> float:
-    wide = values.float() - values.float().mean()
-    return float(wide.pow(4).mean() / wide.pow(2).mean().pow(2).clamp_min(1e-30))
+    """values: [O, H]. Some rows at a time: a copy of all would be as large as the block's largest weight."""
+    mean, second, fourth = values.float().mean(), 0.0, 0.0
+    for rows in torch.split(values, ROWS_AT_ONCE):
+        squares = (rows.float() - mean).square_()
+        second += float(squares.sum())
+        fourth += float(squares.square_().sum())
+    return fourth * values.numel() / max(second**2, 1e-60)
 
 
 def _rounded(x: Tensor, weight: Weight) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from saccade.model.language import Attend, DecoderLayer, LanguageModel
 from saccade.model.layers import Filling, Linear, fill
 from saccade.model.sharding import cut_heads, cut_width, length
 from saccade.model.vision import VisionTower
+
+BLOCKS_AT_ONCE = 4  # that are read, and put into the kernels' form: as many lie in memory twice for a moment
 
 
 class Qwen2_5_VL(nn.Module):
@@ -43,12 +46,26 @@ class Qwen2_5_VL(nn.Module):
             yield "lm_head", self.lm_head
 
     def load(self, filling: Filling) -> Iterator[str]:
-        """Fills one block after the other, yielding each one's name; a tied head shares the embedding's numbers."""
-        for name, block in self.blocks():
+        """Fills the blocks, yielding their names in order; a tied head shares the embedding's numbers.
+
+        A few at once where numbers are taken as they are; one where they are quantized, which torch's threads share already.
+        """
+        before = torch.get_num_threads()
+        count = min(before, BLOCKS_AT_ONCE) if filling.scheme.is_dense else 1
+
+        def filled(block: nn.Module) -> None:
+            torch.set_num_threads(before // count)  # of this thread
             fill(block, filling)
             if filling.folds_keys and isinstance(block, DecoderLayer):
                 block.fold_keys()
-            yield name
+
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                blocks = dict(self.blocks())
+                for name, _ in zip(blocks, pool.map(filled, blocks.values()), strict=True):
+                    yield name
+        finally:
+            torch.set_num_threads(before)  # what threads to come begin with
         if self.config.text.tie_word_embeddings:
             whole = self.language.embed_tokens.weight
             self.lm_head.weight = whole if self.ranks.is_alone else self.lm_head.share_of(whole)

@@ -203,20 +203,20 @@ def split_group_scales(product: Tensor) -> tuple[Tensor, Tensor] | None:
 
     The smallest product of a row is 1 to 17 times its scale; the first number by which all others come out whole is taken.
     """
-    wide = product.double()
-    least = wide.amin(dim=1, keepdim=True)
+    product = product.float()
+    least = product.amin(dim=1, keepdim=True)
     if not bool((least > 0).all()):
         return None
-    ratio = wide / least
-    numbers = torch.arange(1, MAX_GROUP_SCALE + 1, dtype=torch.float64)
+    ratio = product / least
+    numbers = torch.arange(1, MAX_GROUP_SCALE + 1, dtype=product.dtype)
     few = ratio[:, :8, None] * numbers  # which numbers a row's first groups leave possible
     possible = ((few - few.round()).abs() < 1e-4).all(dim=1)
     while bool(possible.any(dim=1).all()):
         number = numbers[possible.to(torch.uint8).argmax(dim=1)][:, None]
         multiples = ratio * number
         whole = multiples.round()
-        fits = ((multiples - whole).abs().amax(dim=1) < 1e-4) & (whole.amax(dim=1) <= MAX_GROUP_SCALE)
+        fits = (multiples.sub_(whole).abs_().amax(dim=1) < 1e-4) & (whole.amax(dim=1) <= MAX_GROUP_SCALE)
         if bool(fits.all()):
-            return (least / number).float()[:, 0], whole.to(torch.int8)
+            return (least / number)[:, 0], whole.to(torch.int8)
         possible &= fits[:, None] | (numbers != number)
     return None

@@ -240,6 +240,7 @@ def main() -> None:
                     write(options.json, origin, rows)
     print(table(rows))
     print(side_by_side(rows))
+    print(against_exact(rows))
     print(scores(rows))
     for line in losses(rows):
         print(line)
@@ -252,6 +253,24 @@ def side_by_side(rows: Sequence[Row]) -> str:
     places = dict.fromkeys(place[:3] for place in found if place[3] == "best")
     lines = [f"| variant | scheme | layers | {' | '.join(names)} |", "|" + "---|" * 7]
     lines += [f"| {' | '.join([*place, *(found.get((*place, name), '') for name in names)])} |" for place in places]
+    return "\n".join(lines)
+
+
+def against_exact(rows: Sequence[Row]) -> str:
+    """Mean KL of best mode, and of the better of exact mode's methods on the same layers: variants by schemes."""
+    of: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.layers == LIKE_REFERENCE:
+            of.setdefault((row.variant, row.scheme), {})[row.recipe] = row.mean_kl
+    schemes = list(dict.fromkeys(scheme for _, scheme in of))
+    lines = [f"| variant | {' | '.join(schemes)} |", "|" + "---|" * (len(schemes) + 1)]
+    for variant in dict.fromkeys(variant for variant, _ in of):
+        cells = []
+        for scheme in schemes:
+            found = of.get((variant, scheme), {})
+            others = [kl for recipe, kl in found.items() if recipe != "best"]
+            cells.append(f"{found['best']:.2e} / {min(others):.2e}" if "best" in found and others else "")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

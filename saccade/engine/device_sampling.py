@@ -106,9 +106,8 @@ class DeviceSampler:
         is_dropped[:, -1].fill_(False)  # the likeliest always stays
         weights = torch.zeros_like(weights).scatter_(1, order, weights.masked_fill_(is_dropped, 0.0))
         sums = weights.cumsum(-1)
-        passes = (sums > numbers[:, None] * sums[:, -1:]) & (
-            weights > 0
-        )  # summed in parallel, a sum may grow where no weight is
+        # Summed in parallel, a sum may grow where no weight is.
+        passes = (sums > numbers[:, None] * sums[:, -1:]) & (weights > 0)
         return passes.to(torch.uint8).argmax(-1)  # the first of equals
 
 

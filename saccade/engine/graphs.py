@@ -100,9 +100,7 @@ class Seats:
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.origins = torch.zeros(
-            num_rows, dtype=torch.int64, device=device
-        )  # the row each is a copy of, itself or the first
+        self.origins = torch.zeros_like(self.token_ids)  # the row each is a copy of, itself or the first
         self.sampler = DeviceSampler(num_rows, vocab_size, device)
 
     def begin(self, samplers: Sequence[Sampler]) -> None:

@@ -91,9 +91,8 @@ class Runner:
         is_cuda = model.device.type == "cuda" and model.kernels.sources["attention_paged"] == "triton"
         self.graphs: DecodeGraphs | None = None
         if is_cuda:
-            head = (
-                model.head if model.ranks.is_alone else None
-            )  # ranks would have to be told of steps before they are taken
+            # Ranks would have to be told of steps before they are taken.
+            head = model.head if model.ranks.is_alone else None
             vocab_size = model.config.text.vocab_size
             self.graphs = DecodeGraphs(self.compute, head, vocab_size, block_size, Cuda(model.device))
         self.encoder_cache = EncoderCache(encoder_cache_bytes)

@@ -118,13 +118,13 @@ class Scheduler:
     def ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The step behind `chunks`, which were scheduled last and yield tokens that nobody has seen yet: each request's next token.
 
-        None where more is to be decided than that: who runs, who ends by length, whose blocks another gets.
+        Empty where more is to be decided than that: who runs, who ends by length, whose blocks another gets.
         """
         if [chunk.request for chunk in chunks] != self.running:
             return []
         if any(len(chunk.request.output_ids) + 1 >= chunk.request.max_tokens for chunk in chunks):
             return []
-        if self.waiting and len(self.running) < self.max_running and self._fits(self.waiting[0]):
+        if self.waiting and len(self.running) < self.max_running and self._admissible(self.waiting[0]) is not None:
             return []
         num_missing = sum(self.pool.blocks_for(chunk.stop + 1) - len(chunk.request.blocks) for chunk in chunks)
         if num_missing > self.pool.num_free:
@@ -162,9 +162,9 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> Chunk | None:
         """The request's first chunk, blocks for all its tokens held, or None while there is no room for them."""
-        if not self._fits(request):
+        known = self._admissible(request)
+        if known is None:
             return None
-        known = self._known_prefix(request)
         start = len(known) * self.pool.block_size
         for block in known:
             self.pool.hold(block)
@@ -173,13 +173,14 @@ class Scheduler:
         self._grow(request, request.num_tokens)
         return Chunk(request, start, min(request.num_tokens - start, budget))
 
-    def _fits(self, request: Request) -> bool:
-        """Whether there is room to admit the request."""
+    def _admissible(self, request: Request) -> list[int] | None:
+        """The blocks that hold the beginning of the request already; None where there is no room to admit it."""
         known = self._known_prefix(request)
         needed = self.pool.blocks_for(request.num_tokens) - len(known) + self.pool.num_free_among(known)
         # Leave a block for each running request to grow into, lest admission and preemption chase each other.
         reserve = len(self.running)
-        return needed + reserve <= self.pool.num_free or (not self.running and needed <= self.pool.num_free)
+        fits = needed + reserve <= self.pool.num_free or (not self.running and needed <= self.pool.num_free)
+        return known if fits else None
 
     def _known_prefix(self, request: Request) -> list[int]:
         # Logits of prompt tokens are wanted, or the last token's: those must be computed.

@@ -16,7 +16,7 @@ import torch
 from saccade import LLM, SamplingParams
 from saccade.engine.request import Request
 from tests.engine.late_card import LateCard, put_on
-from tests.engine.test_engine import conversation
+from tests.engine.test_engine import conversation, told
 
 Open = Callable[..., LLM]
 GREEDY = SamplingParams(max_tokens=24, temperature=0, repetition_penalty=1.0, ignore_eos=True)
@@ -38,10 +38,7 @@ def late(llm: LLM) -> tuple[LLM, LateCard]:
 
 def answers(llm: LLM, seeds: range, kinds: list[SamplingParams] = KINDS) -> list[Any]:
     params = [kinds[seed * 5 % len(kinds)] for seed in seeds]
-    return [
-        [(answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason) for answer in output.outputs]
-        for output in llm.chat([conversation(seed) for seed in seeds], params)
-    ]
+    return told(llm.chat([conversation(seed) for seed in seeds], params))
 
 
 def known_blocks(llm: LLM) -> set[bytes]:

@@ -31,6 +31,14 @@ def conversation(seed: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def told(outputs: list[Any]) -> list[Any]:
+    """All that is said of every answer but its probabilities."""
+    return [
+        [(answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason) for answer in output.outputs]
+        for output in outputs
+    ]
+
+
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 

@@ -18,7 +18,7 @@ from saccade.kernels.choose import choose
 from saccade.kernels.library import Library, load
 from saccade.schemes.affine import loading_scheme, quantize_weight
 from saccade.schemes.scheme import Weight
-from tests.engine.test_engine import conversation
+from tests.engine.test_engine import conversation, told
 
 Open = Callable[..., LLM]
 GREEDY = SamplingParams(max_tokens=40, temperature=0, repetition_penalty=1.0, ignore_eos=True)
@@ -38,11 +38,7 @@ def params_of(seed: int) -> SamplingParams:
 
 
 def answers(llm: LLM, seeds: range) -> list[Any]:
-    outputs = llm.chat([conversation(seed) for seed in seeds], [params_of(seed) for seed in seeds])
-    return [
-        [(answer.token_ids, answer.text, answer.finish_reason, answer.stop_reason) for answer in output.outputs]
-        for output in outputs
-    ]
+    return told(llm.chat([conversation(seed) for seed in seeds], [params_of(seed) for seed in seeds]))
 
 
 @pytest.fixture(scope="module")

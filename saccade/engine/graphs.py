@@ -112,6 +112,7 @@ class Seats:
 @dataclass
 class Recording:
     inputs: StepInputs  # on the device
+    step: Callable[[], Tensor]  # what was recorded: kept, for it holds what is read at every replay, the layout's tiles among it
     replay: Callable[[], object]
     output: Tensor  # hidden rows [B, H], or token ids [B] as DeviceSampler tells them
     lanes: tuple[Lane, Lane]  # the next one first
@@ -203,8 +204,9 @@ class DecodeGraphs:
         lanes[0].inputs.fill(batch, ())  # so that only these rows are stored
         self.card.copy(inputs.words, lanes[0].inputs.words)
         lanes[0].wait = self.card.mark()
-        replay, output = self.card.record(self._step(what, size, inputs, layout))
-        return Recording(inputs, replay, output, lanes)
+        step = self._step(what, size, inputs, layout)
+        replay, output = self.card.record(step)
+        return Recording(inputs, step, replay, output, lanes)
 
     def _step(self, what: What, size: int, inputs: StepInputs, layout: PagedLayout) -> Callable[[], Tensor]:
         if what == "hidden rows":

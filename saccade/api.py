@@ -27,7 +27,7 @@ from saccade.engine.engine import Engine
 from saccade.engine.lookup import speculation_for
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.engine.request import Request, Timings
-from saccade.engine.runner import Runner
+from saccade.engine.runner import Runner, within_memory
 from saccade.engine.scheduler import Scheduler
 from saccade.engine.workers import LeadingRunner, follow, meet, own_device
 from saccade.inputs.chat import ChatTokenizer
@@ -54,6 +54,7 @@ Conversation = Sequence[Message]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 LOOKAHEAD = 16  # conversations prepared ahead of the engine; their pictures wait in memory
+LOAD_REMEDY = "use --quantization w8a8-dynamic, a smaller model, or a larger machine"
 CACHE_SHARE = 0.3  # of the memory left beside the weights, for keys and values
 
 
@@ -163,21 +164,22 @@ class LLM:
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
-                "use --quantization w8a8-dynamic, a smaller model, or a larger machine"
+                f"{LOAD_REMEDY}"
             )
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
         is_int8 = keeps_int8_cache(config, options)
         filling = Filling(source, dtype, device, scheme, folds_keys=is_int8)
-        with progress(sum(1 for _ in model.blocks()), "loading") as advance:
+        with progress(sum(1 for _ in model.blocks()), "loading") as advance, within_memory(device, LOAD_REMEDY):
             for _ in model.load(filling):
                 advance(1)
         num_blocks = self._num_blocks(config, dtype, free - weights)
         num_blocks = crew.agree(num_blocks)
         sizes = (model, num_blocks, options.block_size, options.encoder_cache_bytes, is_int8)
+        with within_memory(device, "take a smaller key/value cache: --kv-cache-tokens 8192, --kv-cache-dtype int8"):
+            runner = Runner(*sizes) if crew.ranks.is_alone or not crew.ranks.leads else LeadingRunner(crew, *sizes)
         if not crew.ranks.leads:
-            _serve(Runner(*sizes))
-        runner = Runner(*sizes) if crew.ranks.is_alone else LeadingRunner(crew, *sizes)
+            _serve(runner)
         pool = BlockPool(num_blocks, options.block_size)
         speculation = speculation_for(options, runner.num_alike_rows)
         scheduler = Scheduler(pool, options.max_tokens_per_step, options.max_running, options.prefix_cache, speculation)

@@ -105,9 +105,8 @@ class Engine:
                 if chunk.request.started is None:
                     chunk.request.started = now
             batch = pack(chunks, self.scheduler.pool.block_size)
-            if not self._can_launch(chunks, batch):
+            if not (self._can_launch(chunks, batch) and self._begin(chunks, batch)):
                 return self._compute(chunks, batch)
-            self.runner.begin(batch, [chunk.request.sampler for chunk in chunks])
             self._in_flight = self._launch(chunks, batch, is_first=True)
         flight = self._in_flight
         self._in_flight = self._launch_ahead(flight)
@@ -136,6 +135,9 @@ class Engine:
         if self.scheduler.speculation is not None or not self.runner.chooses(batch):
             return False
         return all(chunk.reaches_end and chunk.request.params.logprobs is None for chunk in chunks)
+
+    def _begin(self, chunks: Sequence[Chunk], batch: Batch) -> bool:
+        return self.runner.begin(batch, [chunk.request.sampler for chunk in chunks])
 
     def _launch(self, chunks: list[Chunk], batch: Batch, *, is_first: bool) -> InFlight:
         draws = []

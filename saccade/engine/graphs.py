@@ -5,18 +5,21 @@ made when a size first comes up. What changes from step to step lies in buffers 
 block tables, slots, and where the next tokens are chosen on the card, too, the random numbers; all of it the host knows before the
 step's tokens. Those the card leaves where the next step reads them, so a step can be launched before the host has seen what the
 last one said. A batch between two sizes is filled up with copies of its first row, which compute and store what that row does.
+Where a recording fails, for lack of memory say, steps of its kind are launched op by op, and no other is tried.
 Knows tensors and layouts; knows no model and no requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from saccade.base.meter import logger
 from saccade.engine.batch import Batch
 from saccade.engine.device_sampling import DeviceSampler, Draw
 from saccade.engine.sampling import Sampler
@@ -37,7 +40,10 @@ class Card(Protocol):
     device: torch.device
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """Computes at least once, waiting for it. Returns what queues the computation again, and the output, overwritten each time."""
+        """Computes at least once, waiting for it. Returns what queues the computation again, and the output, overwritten each time.
+
+        Raises RuntimeError if it cannot; then all is as before, but for what the computation did.
+        """
 
     def host_words(self, count: int) -> Tensor:
         """[count] int64 on the host, zeros, which `copy` can read and write without the host waiting."""
@@ -112,7 +118,9 @@ class Seats:
 @dataclass
 class Recording:
     inputs: StepInputs  # on the device
-    step: Callable[[], Tensor]  # what was recorded: kept, for it holds what is read at every replay, the layout's tiles among it
+    step: Callable[
+        [], Tensor
+    ]  # what was recorded: kept, for it holds what is read at every replay, the layout's tiles among it
     replay: Callable[[], object]
     output: Tensor  # hidden rows [B, H], or token ids [B] as DeviceSampler tells them
     lanes: tuple[Lane, Lane]  # the next one first
@@ -129,6 +137,7 @@ class DecodeGraphs:
         self.block_size = block_size
         self.card = card
         self.recordings: dict[tuple[What, int, int], Recording] = {}
+        self.failure: str | None = None  # why there will be no more
         self._seats: dict[int, Seats] = {}
         self._drawing: What = "likeliest tokens"  # by those who have begun
 
@@ -137,20 +146,27 @@ class DecodeGraphs:
         lengths = batch.layout.query_lengths
         return len(lengths) <= SIZES[-1] and not batch.placements and max(lengths) == 1
 
-    def run(self, batch: Batch) -> Tensor:
-        """The hidden rows [S, H] of a batch it takes; they are overwritten by the next step of this size."""
+    def run(self, batch: Batch) -> Tensor | None:
+        """The hidden rows [S, H] of a batch it takes; they are overwritten by the next step of this size. None if not recorded."""
         recording = self._recording("hidden rows", batch)
+        if recording is None:
+            return None
         lane = self._send(recording, batch)
         recording.replay()
         lane.wait = self.card.mark()
         return recording.output[: len(batch.last_rows)]
 
-    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> None:
-        """From now on `launch` chooses the tokens of these answers, which are the rows of a batch it takes. Waits for the device."""
+    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> bool:
+        """From now on `launch` chooses the tokens of these answers, which are the rows of a batch it takes. Waits for the device.
+
+        Returns False where that is not recorded: nothing has begun.
+        """
         is_greedy = all(sampler.params.is_greedy for sampler in samplers)
         self._drawing = "likeliest tokens" if is_greedy else "drawn tokens"
-        self._recording(self._drawing, batch)  # before anything is noted that recording would change
-        self._seats[_size(batch)].begin(samplers)
+        if self._recording(self._drawing, batch) is None:
+            return False
+        self._seats[_size(batch)].begin(samplers)  # after recording, which would change what is noted
+        return True
 
     def is_recorded(self, batch: Batch) -> bool:
         """Whether `launch` need not record first, which computes and would note tokens that nobody says."""
@@ -162,6 +178,7 @@ class DecodeGraphs:
         Returns what waits for the tokens, NOT_FINITE where logits were no numbers. At most two launches may be waited for at a time.
         """
         recording = self._recording(self._drawing, batch)
+        assert recording is not None, "a step is launched that nobody could begin"
         lane = self._send(recording, batch, draws)
         if is_first:
             self.card.copy(self._seats[_size(batch)].token_ids, recording.inputs.token_ids)
@@ -184,11 +201,20 @@ class DecodeGraphs:
         self.card.copy(recording.inputs.words, lane.inputs.words)
         return lane
 
-    def _recording(self, what: What, batch: Batch) -> Recording:
+    def _recording(self, what: What, batch: Batch) -> Recording | None:
         key = (what, *_shape(batch))
-        if key not in self.recordings:
-            self.recordings[key] = self._record(*key, batch)
-        return self.recordings[key]
+        if key not in self.recordings and self.failure is None:
+            try:
+                self.recordings[key] = self._record(*key, batch)
+            except RuntimeError as error:  # memory, or an operation that cannot be recorded
+                self.failure = str(error).partition("\n")[0]
+                logger.warning(
+                    "decoding steps of %d answers could not be recorded as a CUDA graph (%s); what is not recorded yet is "
+                    "launched op by op, which is slower",
+                    _size(batch),
+                    self.failure,
+                )
+        return self.recordings.get(key)
 
     def _record(self, what: What, size: int, width: int, batch: Batch) -> Recording:
         device = self.card.device
@@ -245,19 +271,29 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """Computes twice before: what is compiled or allocated on first use must not be recorded."""
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        graph = torch.cuda.CUDAGraph()
+        # Left by `stream`, too: `graph` itself stays on its stream where a recording has failed.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            try:
                 for _ in range(2):
                     compute()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = compute()
+                # thread_local: what other threads ask of the card meanwhile spoils nothing.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = compute()
+            except BaseException:
+                with suppress(
+                    RuntimeError
+                ):  # raised where it has ended; else the allocator would wait for its end for ever
+                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+                raise
+            finally:
+                caller.wait_stream(self._stream)
         return graph.replay, output
 
     def host_words(self, count: int) -> Tensor:

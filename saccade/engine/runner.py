@@ -7,10 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from saccade.base.errors import DeviceError
 from saccade.engine.batch import Batch, Placement
 from saccade.engine.device_sampling import Draw
 from saccade.engine.graphs import Cuda, DecodeGraphs
@@ -22,6 +25,9 @@ from saccade.model.language import rotary_angles
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 
 PATCHES_AT_ONCE = 8192  # of small media that go through the tower together
+STEP_REMEDY = (
+    "compute less at once: --max-tokens-per-step 512, smaller pictures (--max-pixels), a smaller --kv-cache-tokens"
+)
 LOGIT_TILE = 64  # rows whose float32 logits over the whole vocabulary are held at once
 
 
@@ -75,6 +81,34 @@ class VisionTimes:
     vision_s: float
 
 
+@contextmanager
+def within_memory(device: torch.device, remedy: str) -> Iterator[None]:
+    """Raises DeviceError with the remedy where a GPU's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition("\n")[0]
+        raise DeviceError(f"{device} has not enough memory left ({told}); {remedy}") from error
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_its_device(call: Callable[Concatenate[Runner, P], T]) -> Callable[Concatenate[Runner, P], T]:
+    """A Runner's method with the model's GPU as the current one, whichever thread calls: Triton launches there."""
+
+    @wraps(call)
+    def wrapped(self: Runner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        device = self.model.device
+        if device.type != "cuda":
+            return call(self, *args, **kwargs)
+        with torch.cuda.device(device), within_memory(device, STEP_REMEDY):
+            return call(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Runner:
     def __init__(
         self,
@@ -123,6 +157,7 @@ class Runner:
         finally:
             torch.set_num_threads(before)
 
+    @_on_its_device
     @torch.inference_mode()
     def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:
         """Features [tokens, H] of each medium; the tower sees every content once. Returns them and the seconds it took."""
@@ -146,11 +181,12 @@ class Runner:
             vision += time.perf_counter() - middle
         return [_present(found[medium.key]) for medium in media], VisionTimes(preprocessing, vision)
 
+    @_on_its_device
     @torch.inference_mode()
     def run(self, batch: Batch, features: Sequence[Tensor]) -> Tensor:
         """features[i]: [tokens, H] of batch.placements[i]'s medium. Returns the tokens' last hidden rows [T, H]."""
-        if self.graphs is not None and self.graphs.takes(batch):
-            return self.graphs.run(batch)
+        if self.graphs is not None and self.graphs.takes(batch) and (hidden := self.graphs.run(batch)) is not None:
+            return hidden
         batch = batch.to(self.model.device)
         placed = _place(batch.placements, features, self.model.device)
         return self.compute(batch.token_ids, batch.positions, batch.layout, *placed)
@@ -163,12 +199,17 @@ class Runner:
         """Whether the batch can be launched behind one under way."""
         return self.graphs is not None and self.graphs.is_recorded(batch)
 
+    @_on_its_device
     @torch.inference_mode()
-    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> None:
-        """The rows of the batch and of those launched from now on are these samplers'. No launch may be under way."""
-        assert self.graphs is not None, "tokens are chosen on the host"
-        self.graphs.begin(batch, samplers)
+    def begin(self, batch: Batch, samplers: Sequence[Sampler]) -> bool:
+        """The rows of the batch and of those launched from now on are these samplers'. No launch may be under way.
 
+        Returns False where the device turns out not to do it: the batch is to be run.
+        """
+        assert self.graphs is not None, "tokens are chosen on the host"
+        return self.graphs.begin(batch, samplers)
+
+    @_on_its_device
     @torch.inference_mode()
     def launch(self, batch: Batch, draws: Sequence[Draw], *, is_first: bool) -> Callable[[], list[int]]:
         """Queues a step and the choice of its rows' next tokens; returns what waits for them (see DecodeGraphs.launch)."""
@@ -195,6 +236,7 @@ class Runner:
         for start in range(0, len(rows), LOGIT_TILE):
             yield from self.head(hidden, rows[start : start + LOGIT_TILE]).float().cpu()
 
+    @_on_its_device
     @torch.inference_mode()
     def head(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits [R, V] in the model's type of `rows` of hidden [T, H]."""

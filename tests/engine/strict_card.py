@@ -104,7 +104,9 @@ def launches_noted(monkeypatch: pytest.MonkeyPatch, card: StrictCard) -> Iterato
             modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
             for watch in (mode for mode in modes if isinstance(mode, Watch)):
                 watch.note(str(kernel), (args, kwargs))
-            assert all(tensor.device == CARD for tensor in tensors_in((args, kwargs))), f"{kernel} is given a tensor of the host"
+            assert all(tensor.device == CARD for tensor in tensors_in((args, kwargs))), (
+                f"{kernel} is given a tensor of the host"
+            )
 
         return note
 

@@ -73,6 +73,34 @@ def test_40_mixed_requests_answer_as_one_step_after_the_other(
         assert scheduler.num_preemptions > 0, "the cache was not too small"
 
 
+class FullCard(LateCard):
+    """One that has no room for more than `room` recordings."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def record(self, compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        if self.num_recorded == self.room:
+            self.finish()
+            compute()  # what it did stays done
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+        return super().record(compute)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_where_a_recording_fails_steps_are_launched_one_by_one_and_it_is_said_once(
+    open_tiny: Open, in_turn: list[Any], caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    card = FullCard(room)
+    llm = put_on(open_tiny(speculation="off"), card)
+    assert answers(llm, range(12)) == in_turn[:12]
+    assert card.num_recorded == room
+    assert (card.num_replayed > 0) == (room > 0)
+    assert [record.message for record in caplog.records if "(CUDA out of memory.)" in record.message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
 def test_a_request_whose_log_probabilities_are_told_holds_no_other_up(open_tiny: Open) -> None:
     """Its steps are the host's; those before and after it are not."""
     kinds = [GREEDY, dataclasses.replace(GREEDY, max_tokens=4, logprobs=2), KINDS[1], KINDS[3]]

@@ -34,7 +34,9 @@ CASES = [
 ]
 
 
-def graphs_on(card: StrictCard, checkpoint: Path, scheme: str | None, swapped: dict[str, str], cache: str) -> DecodeGraphs:
+def graphs_on(
+    card: StrictCard, checkpoint: Path, scheme: str | None, swapped: dict[str, str], cache: str
+) -> DecodeGraphs:
     """Recordings of a tiny model that was moved to the card as it stands."""
     kernels = dict.fromkeys(OPS, "triton") | swapped
     llm = LLM(checkpoint, device="cpu", dtype="bfloat16", quantization=scheme, kernels=kernels, kv_cache_tokens=64)

@@ -160,6 +160,8 @@ def meet(count: int, device: torch.device, start: Mapping[str, Any] | None) -> C
 def own_device(device: torch.device) -> torch.device:
     """Of several launched processes, each has its own GPU."""
     if device.type == "cuda" and launched_size() > 1:
+        if local_rank() >= (count := torch.cuda.device_count()):
+            raise DeviceError(f"rank {local_rank()} of this machine takes a GPU of its own, and there is {count}")
         return torch.device("cuda", local_rank())
     return device
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from saccade.base.errors import DeviceError, OptionError
+from saccade.base.meter import logger
 from saccade.kernels import cpu, reference
 from saccade.kernels.library import ISA_VARIABLE, load
 from saccade.kernels.record import OPS, Kernels
@@ -29,9 +31,12 @@ class BackEnd:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: the first CUDA device if there is one, else the CPU. Raises DeviceError for a device this machine lacks."""
+    """`auto`: a CUDA device if there is one, else the CPU; of several, where none is named, the current one, the first at the start.
+
+    A CUDA device always comes with its number. Raises DeviceError for a device this machine lacks.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -39,22 +44,35 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; use --device cpu"
-        )
+        raise DeviceError(f"device {name!r} asked for, but torch {torch.__version__} {_cuda_lack()}; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _cuda_lack() -> str:
+    if torch.version.cuda is None:
+        return "was built without CUDA (https://pytorch.org says how to install one with it)"
+    return f"(CUDA {torch.version.cuda}) sees no device of it: does nvidia-smi, and is the driver new enough?"
 
 
 def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Kernels:
     """The kernels for `device`; `overrides` maps an op to a back end, to bisect a wrong number.
 
-    On a CPU the C++ ops take as many threads as torch takes at this moment. Raises OptionError for unknown names, and for a
-    back end that does not serve `device`.
+    On a CPU the C++ ops take as many threads as torch takes at this moment. A CUDA device becomes this thread's current one, which
+    is where Triton launches. Raises OptionError for unknown names, and for a back end that does not serve `device`.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     best = {"cpu": "cpu", "cuda": "triton"}[device.type]
-    chosen = dict.fromkeys(OPS, best if lack_of(best, device) is None else "reference")
+    lack = lack_of(best, device)
+    if lack is not None and device.type == "cuda" and set(overrides or ()) != set(OPS):
+        logger.warning(
+            "Triton does not serve %s: %s; until then torch's own operators do, several times slower", device, lack
+        )
+    chosen = dict.fromkeys(OPS, best if lack is None else "reference")
     for op, back_end in (overrides or {}).items():
         if op not in OPS:
             raise OptionError(f"kernel {op!r} is unknown; ops are {', '.join(OPS)}")
@@ -91,7 +109,21 @@ def _triton_lack(device: torch.device) -> str | None:
         return "Triton compiles for NVIDIA GPUs; TRITON_INTERPRET=1 interprets it, for tests"
     if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-    return None
+    return _trial(device)
+
+
+@cache
+def _trial(device: torch.device) -> str | None:
+    """What goes wrong when the smallest kernel is compiled and run: Triton needs a C compiler, and to know the card."""
+    try:
+        from saccade.kernels.triton_common import mark
+
+        with torch.cuda.device(device):
+            if mark(device).tolist() == [1]:
+                return None
+    except Exception as error:  # compilers, drivers and linkers fail in ways of their own
+        return f"its smallest kernel fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return "its smallest kernel does not do what it says"
 
 
 def _make(back_end: str) -> Kernels:

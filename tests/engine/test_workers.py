@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from saccade import LLM, SamplingParams
 from saccade.base.errors import DeviceError, OptionError
 from saccade.base.ranks import ALONE, Ranks
 from saccade.checkpoints.presets import PRESETS
+from saccade.engine.workers import own_device
 from saccade.model.sharding import cut, cut_heads, cut_width, length
 from tests.engine.sharded_answers import answer
 from tests.goldens import GOLDENS
@@ -105,3 +107,19 @@ def test_too_many_ranks_are_refused_with_the_number_that_fits() -> None:
     ):
         cut(16, Ranks(0, 32), "heads of the vision tower")
     assert cut(16, ALONE, "heads") == slice(0, 16)
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DeviceError, match=r"rank 1 .* there is 1"):
+        own_device(torch.device("cuda", 0))

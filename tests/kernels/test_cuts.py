@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saccade.kernels import triton_cuts, triton_linear
+from saccade.kernels.choose import lack_of
 from saccade.kernels.reference import linear
 from saccade.kernels.triton_cuts import Cut, cut_of, key_of, read, tuned_cut, write
 from saccade.schemes.affine import quantize_weight
@@ -39,9 +40,11 @@ def test_rows_take_the_cut_of_the_next_larger_measured_number(num_rows: int, tun
 
 
 @pytest.mark.parametrize("scheme", ["dense", "w8a16", "w8a8-dynamic", "w4a16-g32"])
-def test_a_measured_cut_is_taken(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_a_measured_cut_is_taken(monkeypatch: pytest.MonkeyPatch, device: torch.device, scheme: str) -> None:
+    if (lack := lack_of("triton", device)) is not None:
+        pytest.skip(lack)
     torch.manual_seed(0)
-    layer, x = weight(scheme), torch.randn(3, 128)
+    layer, x = weight(scheme).to(device, torch.float32), torch.randn(3, 128, device=device)
     taken: list[Cut] = []
     multiply = triton_linear.multiply
 
@@ -51,11 +54,14 @@ def test_a_measured_cut_is_taken(monkeypatch: pytest.MonkeyPatch, scheme: str) -
 
     monkeypatch.setattr(triton_linear, "multiply", noted)
     monkeypatch.setattr(triton_cuts, "_table", lambda device: {key_of(3, layer): ODD})
-    assert tuned_cut(3, layer, CPU) == ODD
+    assert tuned_cut(3, layer, device) == ODD
     torch.testing.assert_close(triton_linear.linear(x, layer), linear(x, layer), rtol=1e-4, atol=1e-4)
     assert taken == [ODD]
     monkeypatch.undo()
-    assert tuned_cut(3, layer, CPU) is None
+    monkeypatch.setattr(triton_cuts, "FOLDER", triton_cuts.FOLDER / "of nobody")
+    triton_cuts._table.cache_clear()
+    assert tuned_cut(3, layer, device) is None
+    triton_cuts._table.cache_clear()
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-g64", "w4a16-g64"])

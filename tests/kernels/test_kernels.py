@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from saccade.base.errors import DeviceError, OptionError
 from saccade.kernels import reference
-from saccade.kernels.choose import choose, choose_device
+from saccade.kernels.choose import _trial, choose, choose_device, lack_of
 from saccade.kernels.record import Kernels, PagedLayout, Segments
 from saccade.schemes.affine import quantize_rows_int8, quantize_weight
 from saccade.schemes.scheme import Weight
@@ -206,6 +207,50 @@ def test_one_op_can_be_swapped_and_the_record_says_so(monkeypatch: pytest.Monkey
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(OptionError, match=r"'triton' of kernel 'rope' does not serve cpu here: .*NVIDIA"):
         choose(torch.device("cpu"), {"rope": "triton"})
+
+
+def test_a_cuda_device_comes_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device and several GPUs ask for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(DeviceError, match="only 2"):
+        choose_device("cuda:2")
+
+
+def test_a_card_that_triton_does_not_serve_is_served_by_torch_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing C compiler shows at the first launch; it must not show in the first answer."""
+    card, current = torch.device("cuda", 1), []
+
+    def fail(device: torch.device) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_common = pytest.importorskip("saccade.kernels.triton_common")
+    monkeypatch.setattr(triton_common, "mark", fail)
+    _trial.cache_clear()
+    try:
+        kernels = choose(card)
+    finally:
+        _trial.cache_clear()
+    assert current == [card]
+    assert set(kernels.sources.values()) == {"reference"}
+    (message,) = caplog.messages
+    assert "does not serve cuda:1: its smallest kernel fails: RuntimeError: Failed to find C compiler.;" in message
+
+
+@pytest.mark.skipif(lack_of("triton", torch.device("cpu")) is not None, reason="interpreted, here")
+def test_the_smallest_kernel_runs() -> None:
+    from saccade.kernels.triton_common import mark
+
+    assert mark(torch.device("cpu")).tolist() == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -6,7 +6,8 @@
 The interpreter says whether a kernel is right; only the compiler says whether it exists: types that a card lacks, tiles that do
 not fit. Triton needs no card for that. The back end's own functions are called with tensors of the CPU, each with shapes that reach
 another kernel or tile; every launch is replaced by its compilation, and nothing runs. Prints a line a kernel: the most shared
-memory of its variants and the limit of the card. Exits with 1 if one does not compile or does not fit.
+memory of its variants and the limit of the card. Exits with 1 if one does not compile or does not fit, or does not round as it is
+told to.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Compiled:
             self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
             if compiled.metadata.shared > self.limit:
                 raise MemoryError(f"{name} wants {compiled.metadata.shared} bytes of shared memory: {options}")
+            if not options["enable_fp_fusion"] and "fma.rn.f32" in compiled.asm["ptx"]:
+                raise ArithmeticError(f"{name} rounds a product and the sum behind it only once")
 
         JITFunction.run = compile_only
 

@@ -64,7 +64,7 @@ def choose(device: torch.device, overrides: dict[str, str] | None = None) -> Ker
     On a CPU the C++ ops take as many threads as torch takes at this moment. A CUDA device becomes this thread's current one, which
     is where Triton launches. Raises OptionError for unknown names, and for a back end that does not serve `device`.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without a number it is the current one
         torch.cuda.set_device(device)
     best = {"cpu": "cpu", "cuda": "triton"}[device.type]
     lack = lack_of(best, device)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.record import PagedLayout, Segments
-from saccade.kernels.triton_common import dot, narrow, operand, unbroken
+from saccade.kernels.triton_common import FUSED, dot, narrow, operand, unbroken
 from saccade.kernels.triton_heads import scales_of
 
 KEY_TILE = 64
@@ -93,7 +93,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
         q, k, v, out, tiles, scale * _LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
         R=num_heads // k.shape[1], D=head_dim, D_BLOCK=_head_block(head_dim), CAUSAL=causal,
-        M=rows, C=_key_tile(q.dtype), num_warps=4 if rows <= 64 else 8, num_stages=2,
+        M=rows, C=_key_tile(q.dtype), num_warps=4 if rows <= 64 else 8, num_stages=2, **FUSED,
     )  # fmt: skip
     return out
 
@@ -210,12 +210,12 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: PagedLa
         q, k_cache, v_cache, out, acc, largest, total, *scales_of(k_cache, v_cache),
         tiles, layout.contexts, layout.block_tables, scale * _LOG2_E, layout.block_tables.stride(0), q.stride(0), q.stride(1),
         BLOCK_SIZE=block_size, K=num_kv_heads, R=share, D=head_dim, D_BLOCK=_head_block(head_dim), ROW=k_cache.shape[-1],
-        QUERIES=queries, M=rows, C=_key_tile(q.dtype), SPLITS=splits, num_warps=4, num_stages=2,
+        QUERIES=queries, M=rows, C=_key_tile(q.dtype), SPLITS=splits, num_warps=4, num_stages=2, **FUSED,
     )  # fmt: skip
     if splits > 1:
         block = triton.next_power_of_2(head_dim)
         _merge[(num_tokens * num_heads,)](
-            acc, largest, total, out, D=head_dim, D_BLOCK=block, SPLITS=splits, num_warps=2
+            acc, largest, total, out, D=head_dim, D_BLOCK=block, SPLITS=splits, num_warps=2, **FUSED
         )
     return out
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.record import PagedLayout
-from saccade.kernels.triton_common import IS_INTERPRETED, narrow, unbroken, whole
+from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, narrow, unbroken, whole
 from saccade.schemes.affine import TINY
 
 ROWS = 64 if IS_INTERPRETED else 8  # of a program; the interpreter pays for programs, not for numbers
@@ -70,7 +70,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         _rope[(q_programs + k_programs,)](
             q, k, cos.contiguous(), sin.contiguous(), q_out, k_out, num_tokens, q_programs,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            N=num_heads, K=num_kv_heads, HALF=half, ROWS=ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4,
+            N=num_heads, K=num_kv_heads, HALF=half, ROWS=ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4, **ROUNDED_EACH,
         )  # fmt: skip
     return q_out, k_out
 
@@ -125,7 +125,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: Pag
         _store_kv[(triton.cdiv(num_tokens * num_heads, ROWS),)](
             k, v, k_cache, v_cache, *scales_of(k_cache, v_cache), layout.slots, num_tokens,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), K=num_heads, D=head_dim, ROW=k_cache.shape[-1],
-            ROWS=ROWS, BLOCK=triton.next_power_of_2(head_dim), num_warps=4,
+            ROWS=ROWS, BLOCK=triton.next_power_of_2(head_dim), num_warps=4, **ROUNDED_EACH,
         )  # fmt: skip
 
 
@@ -178,6 +178,6 @@ def rope_and_store(
         _rope_and_store[(q_programs + k_programs,)](
             qkv, cos, sin, q, k_cache, v_cache, *scales_of(k_cache, v_cache), layout.slots, num_tokens, q_programs, qkv.stride(0),
             N=num_heads, K=num_kv_heads, HALF=half, ROW=k_cache.shape[-1],
-            ROWS=ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4,
+            ROWS=ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4, **ROUNDED_EACH,
         )  # fmt: skip
     return q

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.triton_common import IS_INTERPRETED, dot, narrow, operand
+from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, dot, narrow, operand
 from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_of, tuned_cut
 from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
 from saccade.schemes.packing import RUN
@@ -267,7 +267,7 @@ def multiply(
         PACKED=is_packed, G=scheme.group_size or 0, IS_TWO_STAGE=weight.group_scale is not None,
         IS_INTEGER=is_integer, IS_E4M3=scheme.is_float, DOT=dot, EVEN=num_columns % cut.block_h == 0,
         BLOCK_T=cut.block_t, BLOCK_O=cut.block_o, BLOCK_H=cut.block_h, SPLITS=cut.splits,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, **ROUNDED_EACH,
     )  # fmt: skip
     if cut.splits > 1:
         block_t = triton.next_power_of_2(num_rows)
@@ -275,6 +275,7 @@ def multiply(
         _add_parts[(triton.cdiv(out.shape[1], block_o),)](
             parts, scale, x_scale, bias, quant_bias, out, out_scale, out_zero, num_rows, num_outputs,
             GATED=gate is not None, DTYPE=dtype, SPLITS=cut.splits, BLOCK_T=block_t, BLOCK_O=block_o, num_warps=2,
+            **ROUNDED_EACH,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.triton_common import IS_INTERPRETED, narrow, unbroken, whole
+from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, narrow, unbroken, whole
 from saccade.schemes.affine import E4M3_MAX, TINY
 from saccade.schemes.scheme import Static, Weight
 
@@ -147,7 +147,7 @@ def rows_for(x: Tensor, weight: Weight, is_gated: bool = False) -> Rows:
             _quantize_rows[(triton.cdiv(num_rows, ROWS),)](
                 x, rows.values.view(torch.int8), rows.scale, x.stride(0), num_rows, width,
                 IS_FLOAT=weight.scheme.is_float, LIMIT=_limit(weight), GATED=is_gated,
-                ROWS=ROWS, BLOCK=min(PIECE, triton.next_power_of_2(width)), num_warps=4,
+                ROWS=ROWS, BLOCK=min(PIECE, triton.next_power_of_2(width)), num_warps=4, **ROUNDED_EACH,
             )  # fmt: skip
         return rows
     return (
@@ -161,7 +161,18 @@ def _number_by_number(x: Tensor, width: int, static: Static | None, is_gated: bo
         block = min(1024, triton.next_power_of_2(width))
         scale, zero = (None, None) if static is None else (static.scale, static.zero)
         _each[(triton.cdiv(len(x), ROWS), triton.cdiv(width, block))](
-            x, y, scale, zero, x.stride(0), len(x), width, GATED=is_gated, ROWS=ROWS, BLOCK=block, num_warps=4
+            x,
+            y,
+            scale,
+            zero,
+            x.stride(0),
+            len(x),
+            width,
+            GATED=is_gated,
+            ROWS=ROWS,
+            BLOCK=block,
+            num_warps=4,
+            **ROUNDED_EACH,
         )
     return y
 
@@ -246,6 +257,6 @@ def norm_rows(
             x, residual, gain, rows.values.view(torch.int8) if is_float else rows.values, total, rows.scale, scale, zero,
             x.stride(0), 0 if residual is None else residual.stride(0), num_rows, num_columns, eps,
             IS_FLOAT=is_float, LIMIT=E4M3_MAX if is_float else 127.0,
-            ROWS=ROWS, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            ROWS=ROWS, BLOCK=block, num_warps=min(16, max(1, block // 512)), **ROUNDED_EACH,
         )  # fmt: skip
     return rows, total

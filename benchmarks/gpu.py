@@ -1,14 +1,16 @@
 """One command that says how fast an NVIDIA GPU runs the reference benchmark, and how far that is from what the card allows.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json          # a card, under ten minutes
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json          # a card, meant to take under ten minutes
+    python benchmarks/gpu.py --out cells.json --only machine cells      # some of its parts: kernels, machine, cells, transformers
     python benchmarks/gpu.py --tiny --out /tmp/tiny.json                # a CPU, interpreted: that every part runs
 
 1. Every kernel and sampling against the reference, on the card; answers whose tokens are chosen there, steps queued ahead, against
 the same chosen on the host.  2. Copy bandwidth and matrix rates, measured there.  3. Cells: 3B and 7B with random weights of real
 shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization; and one with tokens chosen on the
 host, for what the card's choice is worth.  4. The 3B picture by transformers on the same weights: sdpa, and sdpa with a static
-cache and torch.compile; its best counts.
-A cell that fails is written with its error; the others go on. Times of a card that --tiny prints are times of an interpreter.
+cache and torch.compile, if there is time; its best counts.
+A cell that fails is written with its error; the others go on. The JSON is written anew after every part and cell, each part's
+seconds with it. Times of a card that --tiny prints are times of an interpreter.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ from saccade.kernels.triton_rows import rows_for  # noqa: E402
 from saccade.schemes.affine import quantize_weight  # noqa: E402
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight  # noqa: E402
 
-BUDGET_S = 540.0  # cells that would begin later are left out, and said to be
+BUDGET_S = 420.0  # cells that would begin later are left out, and said to be
+COMPILE_BEGINS_S = 480.0  # as is torch.compile, which takes minutes
+PARTS = ("kernels", "machine", "cells", "transformers")
 QUANTIZATIONS = (None, "w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128", "fp8")
 
 
@@ -81,11 +85,12 @@ def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, i
         got = gated_rows(rows_for(x, gate_up), gate_up, Weight(randn(16, outputs)), dtype).values
         return got, reference.silu_mul(reference.linear(x.float(), gate_up.to(device, torch.float32)))
 
-    for columns, outputs in shapes:
+    for index, (columns, outputs) in enumerate(shapes):
         for name in ("w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128"):
             label = f"gate {name}, 3 x {columns} -> {outputs}"
             checks.append((label, lambda n=name, c=columns, o=outputs: of_gate(n, 3, c, o)))
-        for rows in (1, 5, 16, 40, 200):
+        # Each number of rows has kernels of its own to compile, a second each; another shape has few.
+        for rows in (1, 5, 16, 40, 200) if index < 2 else (1, 40):
             for name in (
                 "w8a16",
                 "w8a8",
@@ -230,29 +235,77 @@ def media(kind: str) -> tuple[list[Any], list[Any]]:
     return ([frames[0]], []) if kind == "picture" else ([], [frames])
 
 
-def run_cell(
-    size: str, kind: str, quantization: str | None, machine: MachineLimits, tokens: int, *, chooses: bool = True
-) -> dict[str, Any]:
-    """`chooses`: whether the card chooses tokens; else the host does, from logits."""
+def open_model(size: str, quantization: str | None) -> tuple[LLM, float]:
+    """Random weights, and the seconds that took."""
     options: dict[str, Any] = {"quantization": quantization, "kv_cache_tokens": 4096}
     if TINY:
         options |= {"device": "cpu", "kernels": dict.fromkeys(OPS, "triton"), "kv_cache_tokens": 256}
     began = time.perf_counter()
     llm = random_llm(size, **options)
-    load_s = time.perf_counter() - began
-    if not chooses and llm.engine.runner.graphs is not None:
-        llm.engine.runner.graphs.head = None
-    images, videos = media(kind)
-    params = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0, ignore_eos=True)
-    repeats = BenchOptions(warmup=0 if TINY else 2, repeat=1 if TINY else 5)
-    result = bench(llm, messages_for("Describe this.", images, videos), params, repeats, name=size, machine=machine)
-    cell = {"load_s": load_s, "tokens_in": result.tokens_in, "tokens_out": tokens, "headline": result.headline()}
+    return llm, time.perf_counter() - began
+
+
+def run_cell(
+    llm: LLM, size: str, kind: str, machine: MachineLimits, tokens: int, *, chooses: bool = True
+) -> dict[str, Any]:
+    """`chooses`: whether the card chooses tokens; else the host does, from logits."""
+    graphs = llm.engine.runner.graphs
+    head = None if graphs is None else graphs.head
+    if graphs is not None and not chooses:
+        graphs.head = None
+    try:
+        images, videos = media(kind)
+        params = SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0.0, ignore_eos=True)
+        repeats = BenchOptions(warmup=0 if TINY else 2, repeat=1 if TINY else 5)
+        result = bench(llm, messages_for("Describe this.", images, videos), params, repeats, name=size, machine=machine)
+    finally:
+        if graphs is not None:
+            graphs.head = head
+    cell: dict[str, Any] = {"tokens_in": result.tokens_in, "tokens_out": tokens, "headline": result.headline()}
     cell["stages"] = {
         stage.name: {k: v for k, v in stage.as_json().items() if k != "repeats_s"} for stage in result.stages
     }
     cell["total_s"], cell["reached"] = result.stage("total").median_s, result.stage("total").reached
     cell["kernels"] = dict(result.kernels)
+    cell["recorded"] = None if graphs is None else graphs.failure or len(graphs.recordings)
     return cell
+
+
+def run_cells(
+    report: dict[str, Any], machine: MachineLimits, elapsed: Callable[[], float], save: Callable[[], None]
+) -> None:
+    """Fills report["cells"], a model opened once for all that are asked of it."""
+    cells = report["cells"] = {}
+    tokens, device = 3 if TINY else 128, torch.device("cpu" if TINY else "cuda")
+    for how in QUANTIZATIONS:
+        for size in ("tiny",) if TINY else ("3b", "7b"):
+            asked = [("picture", True), ("video", True)]
+            if how is None and size != "7b":
+                asked.append(("picture", False))
+            names = [
+                f"{size} {kind} {how or 'bf16'}{'' if chooses else ', tokens chosen on the host'}"
+                for kind, chooses in asked
+            ]
+            llm, load_s, left_out = None, 0.0, "the time was up"
+            if elapsed() < BUDGET_S:
+                try:
+                    llm, load_s = open_model(size, how)
+                except Exception as problem:
+                    left_out = f"{type(problem).__name__}: {problem}"[:500]
+            for name, (kind, chooses) in zip(names, asked, strict=True):
+                began = elapsed()
+                try:
+                    if llm is None or began > BUDGET_S:
+                        raise RuntimeError(f"left out: {left_out}")
+                    cells[name] = cell = run_cell(llm, size, kind, machine, tokens, chooses=chooses)
+                    cell |= {"load_s": load_s, "seconds": elapsed() - began}
+                    print(f"{name}: {cell['total_s']:.3f} s, {cell['reached']:.0%} of the limit", flush=True)
+                except Exception as problem:
+                    cells[name] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+                    print(f"{name}: FAILED {problem}", flush=True)
+                save()
+            del llm
+            free(device)
 
 
 def free(device: torch.device) -> None:
@@ -261,7 +314,7 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def transformers_times(tokens: int, size: str) -> dict[str, Any]:
+def transformers_times(tokens: int, size: str, may_compile: Callable[[], bool]) -> dict[str, Any]:
     """generate() over the same random weights by transformers, in each of its settings; total seconds, best of three."""
     import transformers
 
@@ -286,6 +339,9 @@ def transformers_times(tokens: int, size: str) -> dict[str, Any]:
                     if TINY:
                         times[setting] = "left out: nothing to compile for"
                         continue
+                    if not may_compile():
+                        times[setting] = "left out: the time was up"
+                        continue
                     model.generation_config.cache_implementation = cache  # generate() compiles decoding for it
                 times[setting] = min(_generate_s(model, inputs, tokens) for _ in range(1 if TINY else 3))
             except Exception as problem:
@@ -297,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU in Triton's interpreter")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write; written anew after every part")
-    parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all by default")
     arguments = parser.parse_args()
     began = time.perf_counter()
     if not TINY and not torch.cuda.is_available():
@@ -308,51 +364,49 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
+    def elapsed() -> float:
+        return time.perf_counter() - began
+
     def save() -> None:
-        report["seconds"] = time.perf_counter() - began
+        report["seconds"] = elapsed()
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    shapes = [(128, 40)] if TINY else [(2048, 2560), (3584, 4608), (18_944, 3584), (5120, 1024), (8192, 1280)]
-    report["kernels"] = validate(device, dtype, shapes)
-    wrong = [check for check in report["kernels"] if not check["is_right"]]
-    print(f"kernels: {len(report['kernels']) - len(wrong)} of {len(report['kernels'])} right")
-    for check in wrong:
-        print(f"  WRONG {check['op']}: {check.get('problem') or check['error']}")
-    save()
-    machine = measure_machine(device, dtype, **({"buffer_bytes": 1 << 22, "matrices": (128,)} if TINY else {}))
-    report["machine"] = dataclasses.asdict(machine)
-    print(
-        f"{machine.device}: {machine.bytes_per_s / 1e12:.2f} TB/s, {machine.operations_per_s / 1e12:.0f} TFLOP/s {machine.dtype}"
-    )
-    save()
-    report["cells"] = {}
-    tokens = 3 if TINY else 128
-    plan = [(size, kind, how, True) for how in QUANTIZATIONS for size in ("3b", "7b") for kind in ("picture", "video")]
-    plan.insert(1, ("3b", "picture", None, False))
-    if TINY:
-        plan = [("tiny", "picture", how, True) for how in QUANTIZATIONS]
-        plan += [("tiny", "video", None, True), ("tiny", "picture", None, False)]
-    for size, kind, how, chooses in plan:
-        name = f"{size} {kind} {how or 'bf16'}{'' if chooses else ', tokens chosen on the host'}"
-        if time.perf_counter() - began > BUDGET_S:
-            report["cells"][name] = {"error": "left out: the time was up"}
-            continue
-        try:
-            report["cells"][name] = cell = run_cell(size, kind, how, machine, tokens, chooses=chooses)
-            print(f"{name}: {cell['total_s']:.3f} s, {cell['reached']:.0%} of the limit")
-        except Exception as problem:
-            report["cells"][name] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-            print(f"{name}: FAILED {problem}")
-        free(device)
+    def ends(part: str) -> None:
+        report["part_seconds"][part] = elapsed() - sum(report["part_seconds"].values())
         save()
-    if not arguments.skip_transformers:
+
+    report["part_seconds"] = {}
+    machine: MachineLimits | None = None
+    wrong: list[dict[str, Any]] = []
+    if "kernels" in arguments.only:
+        shapes = [(128, 40)] if TINY else [(2048, 2560), (18_944, 3584), (3584, 4608), (5120, 1024), (8192, 1280)]
+        report["kernels"] = validate(device, dtype, shapes)
+        wrong = [check for check in report["kernels"] if not check["is_right"]]
+        print(f"kernels: {len(report['kernels']) - len(wrong)} of {len(report['kernels'])} right", flush=True)
+        for check in wrong:
+            print(f"  WRONG {check['op']}: {check.get('problem') or check['error']}", flush=True)
+        ends("kernels")
+    if "machine" in arguments.only or "cells" in arguments.only:
+        machine = measure_machine(device, dtype, **({"buffer_bytes": 1 << 22, "matrices": (128,)} if TINY else {}))
+        report["machine"] = dataclasses.asdict(machine)
+        print(
+            f"{machine.device}: {machine.bytes_per_s / 1e12:.2f} TB/s, {machine.operations_per_s / 1e12:.0f} TFLOP/s "
+            f"{machine.dtype}",
+            flush=True,
+        )
+        ends("machine")
+    if "cells" in arguments.only and machine is not None:
+        run_cells(report, machine, elapsed, save)
+        ends("cells")
+    if "transformers" in arguments.only:
         try:
-            report["transformers"] = transformers_times(tokens, "tiny" if TINY else "3b")
-            print(f"transformers, 3b picture bf16: {report['transformers']}")
+            tokens, size = (3, "tiny") if TINY else (128, "3b")
+            report["transformers"] = transformers_times(tokens, size, may_compile=lambda: elapsed() < COMPILE_BEGINS_S)
+            print(f"transformers, {size} picture bf16: {report['transformers']}", flush=True)
         except Exception as problem:
             report["transformers"] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-    save()
-    failed = [name for name, cell in report["cells"].items() if "error" in cell]
+        ends("transformers")
+    failed = [name for name, cell in report.get("cells", {}).items() if "error" in cell]
     if wrong or failed:
         sys.exit(f"{len(wrong)} kernels wrong, {len(failed)} cells without a result; see {arguments.out}")
 

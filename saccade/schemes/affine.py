@@ -87,16 +87,18 @@ def quantize_rows_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def quantize_weight(weight: Weight, scheme: Scheme = W8A16, rows_at_a_time: int = 128) -> Weight:
+def quantize_weight(weight: Weight, scheme: Scheme = W8A16, rows_at_a_time: int | None = None) -> Weight:
     """A dense weight in another scheme, in memory bounded by `rows_at_a_time` float32 rows beyond the result.
 
-    Few rows stay in the caches: 22016 x 2048 to w4a8-g256 takes 177 ms of one thread by 128 rows, 365 ms by 4096 (Xeon, torch 2.13).
+    Few rows stay in a processor's caches: 22016 x 2048 to w4a8-g256 takes 177 ms of one thread by 128 rows, 365 ms by 4096 (Xeon,
+    torch 2.13). On a GPU launches are what takes time, so by default it gets more at once.
     The caller has seen to it that the scheme's activations need no calibration and its groups divide the columns (`fitting`).
     """
     assert weight.scheme.is_dense, f"a {weight.scheme.name} weight is quantized already"
     assert scheme.activation != "static", f"{scheme.name} needs calibration"
     assert fitting(scheme, weight.in_features) == scheme, f"{scheme.name} on {weight.in_features} columns"
-    pieces = [_rounded(piece, scheme) for piece in torch.split(weight.values, rows_at_a_time)]
+    count = rows_at_a_time or (128 if weight.values.device.type == "cpu" else 2048)
+    pieces = [_rounded(piece, scheme) for piece in torch.split(weight.values, count)]
     values, scale, *others = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     group_scale = others[0] if scheme.is_two_stage else None
     return Weight(values, scale, weight.bias, scheme, group_scale, zero=others[0] if scheme.is_asymmetric else None)

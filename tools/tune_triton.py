@@ -4,25 +4,29 @@
     python -m tools.tune_triton --sizes 7b --schemes w8a16 dense --rows 1
     TRITON_INTERPRET=1 python -m tools.tune_triton --tiny     on a CPU: that it runs; prints, keeps nothing
 
-Each candidate's result is held against that of the default cut before it is timed. A dense weight gets a cut only where it
-beats cuBLAS.
+Each candidate's result is held against that of the default cut before it is timed; one that this card cannot run is left out. A
+dense weight gets a cut only where it beats cuBLAS. Kernels are compiled several at once, and what was found is kept product by
+product, so that an interrupted run was not in vain.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product as combinations
 
 import torch
 import triton
 
 from saccade.kernels import reference
-from saccade.kernels.triton_cuts import FEW_ROWS, TUNED_ROWS, Cut, cut_of, key_of, write
+from saccade.kernels.triton_common import IS_INTERPRETED
+from saccade.kernels.triton_cuts import FEW_ROWS, TUNED_ROWS, Cut, cut_of, key_of, path_of, write
 from saccade.kernels.triton_linear import multiply
-from saccade.kernels.triton_rows import rows_for
+from saccade.kernels.triton_rows import Rows, rows_for
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import DENSE, SCHEMES, Weight, fitting
 
@@ -50,6 +54,25 @@ def candidates(default: Cut, num_rows: int, weight: Weight) -> Iterator[Cut]:
             yield cut
 
 
+def computed(cuts: Sequence[Cut], rows: Rows, weight: Weight, like: torch.Tensor) -> Iterator[tuple[Cut, torch.Tensor]]:
+    """Those of `cuts` that run here, and what they compute; says which do not."""
+
+    def compute(cut: Cut) -> torch.Tensor | None:
+        out = torch.empty_like(like)
+        try:
+            multiply(rows.values, rows.scale, weight, out, cut)
+        except Exception as problem:  # too large for this card, or for its compiler
+            print(f"  {cut} does not run: {type(problem).__name__}: {str(problem)[:200]}", file=sys.stderr)
+            return None
+        return out
+
+    # The compiler works without Python's lock for most of its time; the interpreter is Python.
+    with ThreadPoolExecutor(1 if IS_INTERPRETED else min(8, os.cpu_count() or 1)) as pool:
+        for cut, out in zip(cuts, pool.map(compute, cuts), strict=True):
+            if out is not None:
+                yield cut, out
+
+
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """The median; on a card with its cache emptied in between, as a decoding step finds it."""
     if device.type == "cuda":
@@ -70,19 +93,15 @@ def tune(num_rows: int, weight: Weight, device: torch.device) -> tuple[Cut | Non
     without = fastest = float("inf")
     if weight.scheme.is_dense:
         without = fastest = seconds(lambda: reference.linear(x, weight), device)
-    for cut in candidates(default, num_rows, weight):
-        out = torch.empty_like(expected)
+    for cut, out in list(computed(list(candidates(default, num_rows, weight)), rows, weight, expected)):
+        error = (out.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not error < 0.02:
+            print(f"  WRONG {key_of(num_rows, weight)}: {cut} is off by {error:.1%}", file=sys.stderr)
+            continue
 
         def call(cut: Cut = cut, out: torch.Tensor = out) -> None:
             multiply(rows.values, rows.scale, weight, out, cut)
 
-        try:
-            call()
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
-            continue  # too large for this card
-        error = (out.float() - expected.float()).abs().max() / expected.float().abs().max()
-        if not error < 0.02:
-            sys.exit(f"{key_of(num_rows, weight)}: {cut} is off by {error:.1%}")
         took = seconds(call, device)
         if cut == default and not weight.scheme.is_dense:
             without = took
@@ -101,7 +120,7 @@ def main() -> None:
     if not args.tiny and not torch.cuda.is_available():
         sys.exit("this machine has no CUDA device; TRITON_INTERPRET=1 and --tiny run every part on a CPU")
     device = torch.device("cpu" if args.tiny else "cuda")
-    cuts: dict[str, Cut] = {}
+    card = "" if args.tiny else torch.cuda.get_device_name(device)
     for size, name, num_rows in combinations(["tiny"] if args.tiny else args.sizes, args.schemes, args.rows):
         for num_columns, num_outputs in SHAPES[size]:
             scheme = fitting(SCHEMES[name], num_columns)
@@ -116,10 +135,10 @@ def main() -> None:
                 f"{key:44} {1e6 * fastest:8.1f} us, {rate:5.2f} TB/s, {without / fastest:4.2f} x the default: {best}",
                 flush=True,
             )
-            if best is not None:
-                cuts[key] = best
+            if best is not None and not args.tiny:
+                write(card, {key: best})
     if not args.tiny:
-        print(write(torch.cuda.get_device_name(device), cuts))
+        print(path_of(card))
 
 
 if __name__ == "__main__":

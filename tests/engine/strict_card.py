@@ -55,6 +55,18 @@ class Watch(TorchDispatchMode):
         self._made.clear()
 
 
+class Apart(TorchDispatchMode):
+    """Refuses operations on tensors of the host and of the device together, but for copies: a card would wait, or refuse them, too."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        devices = {tensor.device for tensor in tensors_in((args, kwargs))}
+        assert len(devices) < 2 or name in ("copy_", "_to_copy"), (
+            f"{name} is given tensors of the host and of the device"
+        )
+        return op(*args, **(kwargs or {}))
+
+
 def tensors_in(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 

@@ -207,7 +207,7 @@ class DecodeGraphs:
             try:
                 self.recordings[key] = self._record(*key, batch)
             except RuntimeError as error:  # memory, or an operation that cannot be recorded
-                self.failure = str(error).partition("\n")[0]
+                self.failure = _first_of(error)
                 logger.warning(
                     "decoding steps of %d answers could not be recorded as a CUDA graph (%s); what is not recorded yet is "
                     "launched op by op, which is slower",
@@ -253,6 +253,13 @@ class DecodeGraphs:
         return step
 
 
+def _first_of(error: BaseException) -> str:
+    """The first line of what went wrong first: to end a recording that failed is an error of its own, which says nothing."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]
+
+
 def _size(batch: Batch) -> int:
     return next(size for size in SIZES if size >= len(batch.last_rows))
 
@@ -287,9 +294,8 @@ class Cuda:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     output = compute()
             except BaseException:
-                with suppress(
-                    RuntimeError
-                ):  # raised where it has ended; else the allocator would wait for its end for ever
+                # Where `graph` could not end the recording, the allocator still waits for its end; where it could, this is refused.
+                with suppress(RuntimeError, AttributeError):  # torch before 2.7 has it under another name
                     torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
                 raise
             finally:

@@ -191,6 +191,11 @@ class Runner:
         placed = _place(batch.placements, features, self.model.device)
         return self.compute(batch.token_ids, batch.positions, batch.layout, *placed)
 
+    def forget_recordings(self) -> None:
+        """To be called before ranks part: NCCL waits, for ever if need be, until no CUDA graph holds an exchange of its."""
+        if self.graphs is not None:
+            self.graphs.recordings.clear()
+
     def chooses(self, batch: Batch) -> bool:
         """Whether the tokens behind the batch's rows can be chosen on the device: `begin`, then `launch`."""
         return self.graphs is not None and self.graphs.head is not None and self.graphs.takes(batch)

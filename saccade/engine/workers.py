@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ class Crew:
         self.processes = list(processes)
         self.is_broken = False
         self.is_closed = ranks.is_alone
+        self.runner: Callable[[], Runner | None] = lambda: None  # a weak reference
         if not ranks.is_alone and ranks.leads:
             atexit.register(self.close)  # after the groups were made, so that it runs before torch ends them
 
@@ -56,6 +58,8 @@ class Crew:
         if not self.is_broken:
             with contextlib.suppress(RuntimeError):  # they are gone already
                 self.ranks.tell(None)
+        if (runner := self.runner()) is not None:
+            runner.forget_recordings()
         _end(self.processes, 0.0 if self.is_broken else PARTING_S)
         disconnect()
 
@@ -92,6 +96,7 @@ class LeadingRunner(Runner):
     def __init__(self, crew: Crew, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.crew = crew
+        crew.runner = weakref.ref(self)
 
     def embed_media(self, media: Sequence[Medium]) -> tuple[list[Tensor], VisionTimes]:
         return self._together("embed_media", media, lambda: super(LeadingRunner, self).embed_media(media))
@@ -117,7 +122,7 @@ class LeadingRunner(Runner):
 
 
 def follow(runner: Runner) -> None:
-    """Computes what the leader tells until it says that there is no more."""
+    """Computes what the leader tells until it says that there is no more. The runner is of no use then."""
     features: list[Tensor] = []
     hidden: Tensor | None = None
     while (message := runner.model.ranks.hear()) is not None:
@@ -129,6 +134,7 @@ def follow(runner: Runner) -> None:
         else:
             assert hidden is not None, "logits before a step"
             runner.head(hidden, argument)
+    runner.forget_recordings()
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------

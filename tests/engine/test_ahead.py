@@ -84,7 +84,10 @@ class FullCard(LateCard):
         if self.num_recorded == self.room:
             self.finish()
             compute()  # what it did stays done
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+            finally:
+                raise RuntimeError("a recording failed")  # as torch says when it has to end one
         return super().record(compute)
 
 

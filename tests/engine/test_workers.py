@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from saccade import LLM, SamplingParams
 from saccade.base.errors import DeviceError, OptionError
 from saccade.base.ranks import ALONE, Ranks
 from saccade.checkpoints.presets import PRESETS
+from saccade.engine import workers
+from saccade.engine.runner import Runner
 from saccade.engine.workers import own_device
 from saccade.model.sharding import cut, cut_heads, cut_width, length
 from tests.engine.sharded_answers import answer
@@ -107,6 +110,21 @@ def test_too_many_ranks_are_refused_with_the_number_that_fits() -> None:
     ):
         cut(16, Ranks(0, 32), "heads of the vision tower")
     assert cut(16, ALONE, "heads") == slice(0, 16)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_recordings_are_forgotten_before_ranks_part(monkeypatch: pytest.MonkeyPatch, is_broken: bool) -> None:
+    """NCCL does not part from a CUDA graph that holds an exchange."""
+    left: list[int] = []
+    crew = workers.Crew(Ranks(rank=1, size=2))
+    crew.is_broken = is_broken
+    monkeypatch.setattr(Runner, "__init__", lambda self: None)
+    monkeypatch.setattr(Ranks, "tell", lambda self, message: None)
+    runner = workers.LeadingRunner(crew)
+    runner.graphs = SimpleNamespace(recordings={"a step": 1})  # type: ignore[assignment]
+    monkeypatch.setattr(workers, "disconnect", lambda: left.append(len(runner.graphs.recordings)))  # type: ignore[union-attr]
+    crew.close()
+    assert left == [0]
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

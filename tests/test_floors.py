@@ -19,6 +19,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "record",
             "reference",
             "library",
+            "ordered",
             "cpu_linear",
             "cpu_small",
             "cpu_attention",

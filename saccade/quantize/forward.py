@@ -1,5 +1,7 @@
 """The float model one block at a time, operation by operation as transformers 4.49 computes it in the checkpoint's type T.
 
+Sums are taken in the order of kernels/ordered.py, so that in bfloat16 the bits are the same on every processor.
+
 Not `model/`: serving keeps rotary angles in float32 and stacks q, k and v; here the roundings themselves are the subject, because
 calibrated ranges and the m2 search inherit them. Knows blocks as dicts of tensors by their name within the block; knows no files.
 Letters: P patches, N tokens, H width, D head size.
@@ -7,6 +9,7 @@ Letters: P patches, N tokens, H width, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from saccade.checkpoints.config import TextConfig, VisionConfig
 from saccade.geometry import Grid, patch_coordinates, slice_lengths, window_order
+from saccade.kernels import ordered
 
 Block = dict[str, Tensor]
 Apply = Callable[[str, Tensor], Tensor]  # (a linear's name within the block, its input) -> its output
@@ -31,7 +35,7 @@ def float_linears(block: Block) -> Apply:
     """The block's linears as they stand in `block` at the time of the call."""
 
     def apply(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, block[f"{name}.weight"], block.get(f"{name}.bias"))
+        return ordered.linear(x, block[f"{name}.weight"], block.get(f"{name}.bias"))
 
     return apply
 
@@ -42,7 +46,7 @@ def let_pass(name: str, x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    wide = wide * torch.rsqrt(ordered.row_means(wide.pow(2))[..., None] + eps)
     return gain * wide.to(x.dtype)
 
 
@@ -90,7 +94,7 @@ def _cumulative(lengths: Sequence[int]) -> tuple[int, ...]:
 def embed_patches(block: Block, patches: Tensor, places: TowerPlaces, config: VisionConfig) -> Tensor:
     """patches: [P, patch_values] float32. Returns [P, H] in T, in window order. A convolution, as published: it rounds as one."""
     weight = block["proj.weight"]
-    x = F.conv3d(patches.to(weight.dtype).view(-1, *weight.shape[1:]), weight, stride=weight.shape[2:]).flatten(1)
+    x = ordered.patch_convolution(patches.to(weight.dtype).view(-1, *weight.shape[1:]), weight)
     return x.view(-1, config.merge_unit, config.hidden_size)[places.order].view(-1, config.hidden_size)
 
 
@@ -122,25 +126,26 @@ def tower_block(
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
     """Attention within segments over all keys, masked, as published. q, k, v: [heads, P, D]. Returns [heads, P, D].
 
-    Without a batch dimension, as published: torch then takes its plain path, in float32. A head and ROWS_AT_ONCE queries at a
-    time, which changes no bit and bounds the memory.
+    Without a batch dimension torch takes its plain path: in float32, q and k scaled by the root of the scale each. A head and
+    ROWS_AT_ONCE queries at a time, which changes no bit and bounds the memory.
     """
     segments = torch.repeat_interleave(torch.tensor([end - start for start, end in pairwise(bounds)]))
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]))
     out = torch.empty_like(q)
-    for start in range(0, q.shape[1], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        mask = (segments[rows, None] == segments)[None]
-        for h in range(len(q)):
-            head = slice(h, h + 1)
-            out[head, rows] = F.scaled_dot_product_attention(q[head, rows], k[head], v[head], mask, dropout_p=0.0)
+    for h in range(len(q)):
+        queries, keys, values = q[h].float() * root, k[h].float().T * root, v[h].float()
+        for start in range(0, q.shape[1], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits = (queries[rows] @ keys).masked_fill_(segments[rows, None] != segments, float("-inf"))
+            out[h, rows] = (ordered.softmax(logits) @ values).to(q.dtype)
     return out
 
 
 def merge(block: Block, x: Tensor, places: TowerPlaces, config: VisionConfig) -> Tensor:
     """x: [P, H]. Returns the picture's rows [units, out_hidden_size] in picture order."""
     x = rms_norm(x, block["ln_q.weight"], VISION_EPS).view(-1, config.hidden_size * config.merge_unit)
-    x = F.gelu(F.linear(x, block["mlp.0.weight"], block["mlp.0.bias"]))
-    x = F.linear(x, block["mlp.2.weight"], block["mlp.2.bias"])
+    x = ordered.gelu(ordered.linear(x, block["mlp.0.weight"], block["mlp.0.bias"]))
+    x = ordered.linear(x, block["mlp.2.weight"], block["mlp.2.bias"])
     return x[torch.argsort(places.order)]
 
 
@@ -176,9 +181,7 @@ def decoder_layer(
     cos, sin = tables
     q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin  # in T, rounding after each operation
     groups = config.num_heads // config.num_kv_heads
-    attended = F.scaled_dot_product_attention(
-        q, repeat_heads(k, groups), repeat_heads(v, groups), dropout_p=0.0, is_causal=num_tokens > 1
-    )
+    attended = ordered.causal_attention(q, repeat_heads(k, groups), repeat_heads(v, groups))
     x = x + apply("self_attn.o_proj", attended.transpose(1, 2).reshape(num_tokens, -1))
     name = "post_attention_layernorm"
     h = intercept(name, rms_norm(x, block[f"{name}.weight"], config.rms_norm_eps))

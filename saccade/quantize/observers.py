@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saccade.kernels import ordered
+
 
 class Observer(Protocol):
     """Sees inputs one after the other; `range` is (low, high) of all seen so far."""
@@ -128,7 +130,7 @@ class Histogram:
         total = squares(begin - (begin_cell + 0.5) * cell, half)
         total = total + (end_cell - begin_cell - 1) * squares(-half, half)
         total = total + squares(-half, end - (end_cell * cell + cell / 2))
-        return float(total.sum())
+        return float(ordered.row_sums(total))
 
 
 class Spread:

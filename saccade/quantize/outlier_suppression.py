@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.kernels import ordered
 from saccade.quantize.forward import rotate_half, rotate_patches
 from saccade.quantize.rounding import EPS, row_scale
 
@@ -39,7 +40,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class Objective(Protocol):
     """What is compared: a result of the block computed from x W^T."""
 
-    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = ordered.matmul) -> Iterator[Tensor]:
         """x: [N, H]; weight: [O, H]. The result piece by piece, always cut alike; the loss sums over the last dimension.
 
         `product`: what multiplies matrices in T.
@@ -88,20 +89,17 @@ def loss_below(bound: float, pieces: Iterator[Tensor], exact: Sequence[Tensor]) 
     sums: list[Tensor] = []
     spent = 0.0
     for piece, reference in zip(pieces, exact, strict=True):
-        distances = (piece - reference).abs_().pow_(2.0).sum(-1)
+        distances = ordered.row_sums((piece - reference).abs_().pow_(2.0))
         sums.append(distances)
         spent += float(distances.sum(dtype=torch.float64))
         if spent > limit:
             return math.inf
-    return float(torch.cat(sums).mean())
+    return float(ordered.row_means(torch.cat(sums)))
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of `dtype` by a library here. Its own loops are many times slower than float32's."""
-    if dtype == torch.float32:
-        return True
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, name)())
+    """Whether matrices of `dtype` are multiplied by a library here. Torch's own loops are many times slower than float32's."""
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -176,7 +174,7 @@ class GateUp:
 
     bias: Tensor | None = None
 
-    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = ordered.matmul) -> Iterator[Tensor]:
         for rows in torch.split(x, ROWS_AT_ONCE):
             both = product(rows, weight.T)
             if self.bias is not None:
@@ -199,7 +197,7 @@ class DecoderAttention:
     rope_theta: float
     positions: Tensor
 
-    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = ordered.matmul) -> Iterator[Tensor]:
         num_tokens, dtype = x.shape[0], x.dtype
         heads = product(x, weight.T).view(num_tokens, -1, self.head_dim).transpose(0, 1)
         q, k, v = heads[: self.num_heads], heads[self.num_heads : -self.num_kv_heads], heads[-self.num_kv_heads :]
@@ -217,7 +215,7 @@ class DecoderAttention:
                 mine = slice(head * groups, (head + 1) * groups)
                 keys, values = (part[head : head + 1].expand(groups, -1, -1) for part in (k, v))
                 logits = (q[mine, rows] @ keys.transpose(-2, -1)).masked_fill_(is_future, float("-inf"))
-                weights = torch.maximum(logits, lowest).softmax(-1, dtype=torch.float32).to(dtype)
+                weights = ordered.softmax(torch.maximum(logits, lowest)).to(dtype)
                 out[:, mine] = product(weights, values).transpose(0, 1)
             yield out.flatten(1).float()
 
@@ -242,7 +240,7 @@ class TowerAttention:
     sin: Tensor
     bounds: Sequence[int]
 
-    def pieces(self, x: Tensor, weight: Tensor, product: Product = torch.matmul) -> Iterator[Tensor]:
+    def pieces(self, x: Tensor, weight: Tensor, product: Product = ordered.matmul) -> Iterator[Tensor]:
         qkv = product(x, weight.T).view(len(x), 3, self.num_heads, -1)
         for head in range(self.num_heads):
             q, k = rotate_patches(qkv[:, :2, head], self.cos, self.sin).unbind(1)
@@ -253,7 +251,7 @@ class TowerAttention:
         num_patches, dtype = len(q), q.dtype
         out = torch.empty(v.shape, dtype=dtype)
         root, lowest = math.sqrt(self.scaling_head_dim), torch.finfo(dtype).min
-        is_library = has_fast_products(dtype)  # torch's own loops add in order: zeros may be left out
+        is_library = not ordered.is_ordered(dtype)  # in a fixed order zeros may be left out
         for start, end in pairwise(self.bounds):
             columns = slice(start // ALIGNED * ALIGNED, min(-(-end // ALIGNED) * ALIGNED, num_patches))
             mask = torch.full((columns.stop - columns.start,), lowest, dtype=dtype)
@@ -263,7 +261,7 @@ class TowerAttention:
                 logits = product(q[rows], k[columns].T).div_(root)
                 if end - start < len(mask):
                     logits.add_(mask)
-                weights = logits.softmax(-1, dtype=torch.float32).to(dtype)
+                weights = ordered.softmax(logits).to(dtype)
                 if is_library and len(mask) < num_patches:  # all columns all the same: its own blocking must not shift
                     weights = F.pad(weights, (columns.start, num_patches - columns.stop))
                 out[rows] = product(weights, v if weights.shape[1] == num_patches else v[columns])

@@ -34,6 +34,7 @@ from saccade.checkpoints.shard_writer import FileNames, ShardWriter
 from saccade.geometry import token_positions
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches
+from saccade.kernels import ordered
 from saccade.quantize import exact_format as layout
 from saccade.quantize.calibration import Order, Sample, list_pictures, load_sample
 from saccade.quantize.fold import fold_linear, fold_norm
@@ -434,7 +435,7 @@ class StaticLinears:
             self.parameters[name] = activation_parameters(*observer.range(), dtype)
             self._rounded[name] = fake_activation(x, *self.parameters[name])
         rounded = self._rounded[LEADERS.get(name, name)]
-        return torch.nn.functional.linear(rounded, self._weights[name], self._biases.get(f"{name}.bias"))
+        return ordered.linear(rounded, self._weights[name], self._biases.get(f"{name}.bias"))
 
     def _rounded_weight(self, weight: Tensor) -> Tensor:
         wide = weight.float() if self._is_wide else weight

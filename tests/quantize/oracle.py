@@ -1,4 +1,4 @@
-"""Slow, obvious versions of exact mode's algorithms, each candidate and each row of attention whole."""
+"""Slow, obvious versions of exact mode's algorithms, each candidate and each row of attention whole; sums in its fixed order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.kernels import ordered
 from saccade.quantize.forward import rotate_half
 from saccade.quantize.outlier_suppression import DecoderAttention, GateUp, TowerAttention
 
@@ -39,8 +40,8 @@ def decoder_attention(objective: DecoderAttention) -> Result:
         logits = (q / math.sqrt(D)) @ k.transpose(1, 2)
         future = torch.ones(T, T).triu(1).bool()
         logits = logits.masked_fill(future, torch.finfo(product.dtype).min)
-        weights = F.softmax(logits, -1, dtype=torch.float32).to(product.dtype)
-        return (weights @ v).transpose(0, 1).reshape(T, -1).float()
+        weights = ordered.softmax(logits).to(product.dtype)
+        return ordered.matmul(weights, v).transpose(0, 1).reshape(T, -1).float()
 
     return result
 
@@ -53,8 +54,8 @@ def tower_attention(objective: TowerAttention) -> Result:
         mask = torch.full((T, T), torch.finfo(product.dtype).min, dtype=product.dtype)
         for start, end in pairwise(objective.bounds):
             mask[start:end, start:end] = 0
-        logits = q @ k.transpose(1, 2) / math.sqrt(objective.scaling_head_dim) + mask
-        return F.softmax(logits, -1, dtype=torch.float32).to(product.dtype) @ v
+        logits = ordered.matmul(q, k.transpose(1, 2)) / math.sqrt(objective.scaling_head_dim) + mask
+        return ordered.matmul(ordered.softmax(logits).to(product.dtype), v)
 
     return result
 
@@ -65,16 +66,15 @@ def search(x: Tensor, weight: Tensor, result: Result) -> Tensor:
     top, bottom = max(high.max().item(), 0.0), min(low.min().item(), 0.0)
     t = max(top, -bottom)
     step = (t - 0.1) / max(100, int(top / 0.5))
-    exact = result(x @ weight.T)
+    exact = result(ordered.matmul(x, weight.T))
     best, winner = None, torch.ones_like(high)
     while t >= 0.1:
         rounded_t = torch.tensor(t, dtype=x.dtype)
         up = torch.where(high > rounded_t, high / rounded_t, 1)
         down = torch.where(low < -rounded_t, low / -rounded_t, 1)
         scale = torch.maximum(up, down)
-        loss = (
-            (result(rounded_x(x / scale, rounded_t) @ rounded_w(weight * scale).T) - exact).abs().pow(2).sum(-1).mean()
-        )
+        product = ordered.matmul(rounded_x(x / scale, rounded_t), rounded_w(weight * scale).T)
+        loss = ordered.row_means(ordered.row_sums((result(product) - exact).abs().pow(2)).flatten())
         if best is None or loss < best:
             best, winner = loss, scale
         t -= step

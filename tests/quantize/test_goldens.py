@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.checkpoints.config import read_config
+from saccade.cli.flags import script_options
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches
 from saccade.quantize.calibration import list_pictures, load_sample
+from saccade.quantize.pipeline import Report, quantize_exact
+from saccade.quantize.recipe import ExactRecipe
 from tests.goldens import CASES, GOLDENS, needs_goldens
-from tests.quantize.exact_run import SAME_ARITHMETIC
 
-Found = tuple[Path, Path, Path]
+Found = tuple[Path, Path, Report]
 
-pytestmark = [
-    needs_goldens,
-    pytest.mark.skipif(
-        not torch.cpu._is_avx512_bf16_supported(),
-        reason="the reference checkpoints were written by a processor with bfloat16 instructions",
-    ),
-]
+pytestmark = needs_goldens
 
 
 @pytest.fixture(scope="module", params=CASES)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """(the case, our checkpoint, what was recorded on the way)."""
+    """(the case, our checkpoint, what was found on the way)."""
     case = GOLDENS / request.param
     out = tmp_path_factory.mktemp("exact") / request.param
-    command = [sys.executable, "-m", "tests.quantize.exact_run", str(case), str(out)]
-    subprocess.run(command, env=os.environ | SAME_ARITHMETIC, cwd=Path(__file__).parents[2], check=True)
-    return case, out, out.with_suffix(".found")
+    return case, out, quantized(case, out)
+
+
+def quantized(case: Path, out: Path) -> Report:
+    """The case by its own command line."""
+    reports: list[Report] = []
+
+    @click.command()
+    @script_options(ExactRecipe)
+    def parse(**values: object) -> None:
+        reports.append(quantize_exact(case / "input", out, ExactRecipe(**values), case / "images"))  # type: ignore[arg-type]
+
+    parse(args=(case / "args.txt").read_text().split(), standalone_mode=False)
+    return reports[0]
 
 
 def assert_equal_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -63,14 +68,14 @@ def test_every_other_file_is_the_references(found: Found) -> None:
 
 def test_the_smoothing_is_the_references(found: Found) -> None:
     """m2: the scale of each search; m4: the activations' maxima, which the reference records in another order."""
-    case, _, record = found
+    case, _, report = found
     if (path := case / "record" / "smooth_scales.safetensors").exists():
-        expected, actual = load_file(path), load_file(record / "scales.safetensors")
+        expected, actual = load_file(path), report.scales
         assert len(actual) == len(expected)
         for name in actual:
             assert any(torch.equal(actual[name], tensor) for tensor in expected.values()), name
     if (path := case / "record" / "act_absmax.safetensors").exists():
-        expected, actual = load_file(path), load_file(record / "maxima.safetensors")
+        expected, actual = load_file(path), report.activation_maxima
         for name, tensor in expected.items():
             assert any(torch.equal(tensor, mine) for mine in actual.values()), name
 

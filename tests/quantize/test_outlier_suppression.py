@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.kernels import ordered
 from saccade.quantize import outlier_suppression
 from saccade.quantize.outlier_suppression import (
     DecoderAttention,
@@ -86,7 +87,7 @@ def test_attention_by_pieces_has_the_bits_of_attention_at_once(bounds: tuple[int
     objective = TowerAttention(2, 56, angles.cos(), angles.sin(), bounds)
     x, weight = activations(700, dtype), (torch.randn(3 * 2 * 64, H) * 0.1).to(dtype)
     pieces = torch.stack(list(objective.pieces(x, weight)))
-    assert torch.equal(pieces, oracle.tower_attention(objective)(x @ weight.T))
+    assert torch.equal(pieces, oracle.tower_attention(objective)(ordered.matmul(x, weight.T)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "dispatch.h"
 #include "linear.h"
+#include "ordered.h"
 #include "pool.h"
 #include "read.h"
 #include "small.h"
@@ -13,7 +14,7 @@
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 // Goes up with every change of an entry point or a structure: Python refuses a library of another number.
-ENTRY int32_t saccade_interface() { return 3; }
+ENTRY int32_t saccade_interface() { return 4; }
 
 // --- the machine ---
 
@@ -48,3 +49,10 @@ ENTRY void saccade_store(const SaccadeStore* op) { SACCADE_CALL(store_rows)(*op)
 // --- the decoder ---
 
 ENTRY void saccade_decode(const SaccadeDecoder* decoder, const SaccadeStep* step) { saccade::decode(*decoder, *step); }
+
+// --- arithmetic in a fixed order ---
+
+ENTRY void saccade_ordered_product(const SaccadeOrderedProduct* op) { SACCADE_CALL(ordered_product)(*op); }
+ENTRY void saccade_ordered_attention(const SaccadeOrderedAttention* op) { SACCADE_CALL(ordered_attention)(*op); }
+ENTRY void saccade_ordered_sum(const SaccadeOrderedRows* op) { SACCADE_CALL(ordered_sum)(*op); }
+ENTRY void saccade_ordered_softmax(const SaccadeOrderedRows* op) { SACCADE_CALL(ordered_softmax)(*op); }

@@ -1,0 +1,139 @@
+"""Arithmetic in a fixed order: its definition written out, and torch's own results where this processor's torch adds alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.kernels import ordered
+from saccade.kernels.library import Library, load
+
+LANES = {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability())
+
+needs_library = pytest.mark.skipif(not isinstance(load(), Library), reason="the C++ kernels are not built")
+needs_lanes = pytest.mark.skipif(LANES is None, reason="torch's own vectors are of another kind here")
+pytestmark = needs_library
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=getattr(load(), "supported", ("none",)))
+def isa(request: pytest.FixtureRequest) -> object:
+    library = load()
+    assert isinstance(library, Library)
+    before = library.isa
+    library.use(request.param)
+    yield request.param
+    library.use(before)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def by_pairs(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """The odd column's product is added first; products of bfloat16 are exact in float32."""
+    a, b = (F.pad(t.float(), (0, t.shape[1] % 2)) for t in (a, b))
+    total = torch.zeros(len(a), len(b))
+    for i in range(0, a.shape[1], 2):
+        for column in (i + 1, i):
+            total = total + a[:, column, None] * b[:, column]
+    return (total if bias is None else total + bias.float()).bfloat16()
+
+
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 1, 1), (7, 33, 15), (13, 16, 64), (5, 70, 129), (0, 3, 4)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_go_by_pairs(isa: str, rows: int, outputs: int, columns: int, has_bias: bool) -> None:
+    x, weight = random(rows, columns).bfloat16(), random(outputs, columns, seed=1).bfloat16()
+    bias = random(outputs, seed=2).bfloat16() if has_bias else None
+    assert torch.equal(ordered.linear(x, weight, bias), by_pairs(x, weight, bias))
+
+
+def test_products_see_strides_and_batches() -> None:
+    a, b = random(3, 9, 20).bfloat16(), random(3, 20, 11, seed=1).bfloat16()
+    expected = torch.stack([by_pairs(x, y.T, None) for x, y in zip(a, b, strict=True)])
+    assert torch.equal(ordered.matmul(a, b), expected)
+    wide = random(3, 9, 40).bfloat16()[:, :, ::2]
+    expected = torch.stack([by_pairs(x, y.T, None) for x, y in zip(wide, b, strict=True)])
+    assert torch.equal(ordered.matmul(wide, b.transpose(1, 2).contiguous().transpose(1, 2)), expected)
+
+
+def test_the_order_shows() -> None:
+    """Sums of another order have other bits now and then: the test above sees it."""
+    x, weight = random(64, 256).bfloat16(), random(64, 256, seed=1).bfloat16()
+    swapped = torch.arange(256) ^ 1
+    assert not torch.equal(ordered.linear(x, weight), ordered.linear(x[:, swapped], weight[:, swapped]))
+
+
+def test_numbers_too_small_for_the_instruction_count_as_zero() -> None:
+    x, weight = torch.tensor([[1e-39, 1.0]]).bfloat16(), torch.tensor([[2.0**120, 1.0]]).bfloat16()
+    assert ordered.linear(x, weight).item() == 1.0
+
+
+def test_a_convolution_goes_place_by_place() -> None:
+    patches, weight = random(5, 3, 2, 4, 4).bfloat16(), random(8, 3, 2, 4, 4, seed=1).bfloat16()
+    found = ordered.patch_convolution(patches, weight)
+    rows = [F.pad(t, (0, 0, 0, 0, 0, 0, 0, 1)).permute(0, 2, 3, 4, 1).flatten(1) for t in (patches, weight)]
+    assert torch.equal(found, by_pairs(*rows, None))
+    exact = F.conv3d(patches.double(), weight.double(), stride=(2, 4, 4)).flatten(1)
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-2)
+
+
+@needs_lanes
+@pytest.mark.parametrize("tokens", [1, 7, 38, 46, 82, 191, 200, 530, 800])
+def test_attention_is_torchs_flash_attention(isa: str, tokens: int) -> None:
+    """Its products may be summed in another order on this processor: a few of a thousand values may differ by a rounding."""
+    q, k, v = (random(1, 3, tokens, 64, seed=i, scale=2 - i / 2).bfloat16() for i in range(3))
+    assert LANES is not None
+    found = ordered.causal_attention(q, k, v, LANES)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (found != expected).float().mean() < 1e-3
+    assert torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=1e-4)
+
+
+def test_attention_with_vectors_of_sixteen_is_not_that_of_eight() -> None:
+    q, k, v = (random(1, 3, 46, 64, seed=i, scale=2).bfloat16() for i in range(3))
+    assert not torch.equal(ordered.causal_attention(q, k, v, 8), ordered.causal_attention(q, k, v, 16))
+
+
+@needs_lanes
+@pytest.mark.parametrize("columns", [32, 33, 80, 127, 257, 1280, 3420, 18944, 70001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_torchs(isa: str, columns: int, dtype: torch.dtype) -> None:
+    x = random(20, columns).abs().to(dtype)
+    assert LANES is not None
+    assert torch.equal(ordered.row_sums(x, LANES), x.sum(-1))
+    assert torch.equal(ordered.row_sums(x[0], LANES), x[0].sum())
+
+
+@needs_lanes
+@pytest.mark.parametrize("columns", [1, 5, 8, 9, 38, 82, 257, 1000])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_softmax_is_torchs(isa: str, columns: int, scale: float) -> None:
+    x = random(20, columns, scale=scale)
+    x[3, : columns // 2] = float("-inf")
+    assert LANES is not None
+    assert torch.equal(ordered.softmax(x, LANES), x.softmax(-1))
+
+
+def test_other_types_and_short_rows_are_torchs() -> None:
+    x, weight = random(4, 12), random(5, 12, seed=1)
+    assert torch.equal(ordered.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(ordered.row_sums(x), x.sum(-1))
+    assert ordered.row_sums(x.half()).dtype == torch.float16
+
+
+def test_gelu_is_rounded_once() -> None:
+    x = torch.linspace(-6, 6, 4001).bfloat16()
+    found = ordered.gelu(x)
+    exact = F.gelu(x.double())
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-40).all()

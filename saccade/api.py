@@ -516,13 +516,14 @@ def quantize_exactly(
     *,
     image_order: Order = "name",
     force: bool = False,
-    threads: int = 1,
+    threads: int | None = None,
     verify: Verify | None = None,
     **options: Any,
 ) -> Report:
     """Makes the checkpoint that msModelSlim would write from `model`, bit for bit; see docs/quantization-exact.md.
 
     `calib_images`: a folder of pictures and nothing else. `options`: the fields of ExactRecipe, by default W8A8 with m2.
+    `threads`: torch takes one unless told otherwise, as the last bits of its sums depend on it; products, whose do not, all processors.
     Raises OptionError, CheckpointError or MediaError before the long work begins; the folder appears whole or not at all.
     """
     recipe = from_mapping(ExactRecipe, options)

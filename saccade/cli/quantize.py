@@ -106,7 +106,7 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
         values["calib_images"],
         image_order=values["image_order"],
         force=values["force"],
-        threads=values["threads"] or 1,
+        threads=values["threads"],
         verify=_verifier(model, values),
         **options,
     )

@@ -131,7 +131,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, lanes: int = LANES) -> Ten
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact form (with erf), in x's type. In bfloat16 rounded once: oneDNN's own, there, is as good as float32 far into the tail."""
+    """The exact form (with erf), in x's type. In bfloat16 rounded once, as oneDNN nearly does there."""
     if x.dtype != torch.bfloat16:
         return F.gelu(x)
     wide = x.double()
@@ -167,7 +167,5 @@ def softmax(x: Tensor, lanes: int = LANES) -> Tensor:
 
 def _each_row(call: ctypes._NamedFuncPointer, x: Tensor, y: Tensor, lanes: int) -> None:
     columns = x.shape[-1]
-    op = _Rows(
-        x.data_ptr(), y.data_ptr(), x.numel() // max(1, columns), columns, lanes, x.dtype == torch.bfloat16
-    )
+    op = _Rows(x.data_ptr(), y.data_ptr(), x.numel() // max(1, columns), columns, lanes, x.dtype == torch.bfloat16)
     call(ctypes.byref(op))

@@ -35,6 +35,7 @@ from saccade.geometry import token_positions
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches
 from saccade.kernels import ordered
+from saccade.kernels.library import Library, load
 from saccade.quantize import exact_format as layout
 from saccade.quantize.calibration import Order, Sample, list_pictures, load_sample
 from saccade.quantize.fold import fold_linear, fold_norm
@@ -104,13 +105,14 @@ def quantize_exact(
     *,
     order: Order = "name",
     force: bool = False,
-    threads: int = 1,
+    threads: int | None = None,
     verify: Verify | None = None,
 ) -> Report:
     """Quantizes the checkpoint in `source` with the pictures in a folder; `out` appears whole or not at all.
 
     `order`: pictures by name, or as the file system lists them, which is what the reference does; results depend on it, and
-    on the number of threads, because sums are split among them. `verify` looks at the folder before it appears; what it finds
+    on torch's threads, which split sums: one, unless `threads` says otherwise. Products in the fixed order split none and take as
+    many as that, or all processors. `verify` looks at the folder before it appears; what it finds
     goes into report.json and report.html there, which the reference does not write.
     Raises OptionError, CheckpointError or MediaError before any weight is read.
     """
@@ -157,9 +159,11 @@ def _verified(found: QuantizationReport, report: Report, source: Path, recipe: E
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or 1)
+    if isinstance(library := load(), Library):
+        library.set_num_threads(count or before)
     try:
         yield
     finally:

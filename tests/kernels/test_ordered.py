@@ -49,7 +49,9 @@ def by_pairs(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return (total if bias is None else total + bias.float()).bfloat16()
 
 
-@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 1, 1), (7, 33, 15), (13, 16, 64), (5, 70, 129), (0, 3, 4)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns"), [(1, 1, 1), (7, 33, 15), (13, 16, 64), (5, 70, 129), (0, 3, 4)]
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_go_by_pairs(isa: str, rows: int, outputs: int, columns: int, has_bias: bool) -> None:
     x, weight = random(rows, columns).bfloat16(), random(outputs, columns, seed=1).bfloat16()

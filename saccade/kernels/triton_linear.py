@@ -9,6 +9,7 @@ Letters: T rows of x, O outputs, H columns, G columns in a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -19,8 +20,9 @@ from saccade.kernels import reference
 from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, dot, narrow, operand
 from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_of, tuned_cut
 from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
+from saccade.schemes.affine import quantize_weight
 from saccade.schemes.packing import RUN
-from saccade.schemes.scheme import Static, Weight
+from saccade.schemes.scheme import FP8, Static, Weight
 
 SCALED_MM_CAPABILITY = (9, 0)  # from here on torch multiplies e4m3 with a scale for each row
 
@@ -287,8 +289,22 @@ def _is_torch_faster(x: Tensor, weight: Weight, dtype: torch.dtype) -> bool:
         and weight.in_features % 16 == 0
         and weight.out_features % 16 == 0
         and not IS_INTERPRETED
-        and torch.cuda.get_device_capability(x.device) >= SCALED_MM_CAPABILITY
+        and _torch_multiplies_e4m3(x.device)
     )
+
+
+@cache
+def _torch_multiplies_e4m3(device: torch.device) -> bool:
+    """With a scale for each row, that is: not every build of torch does on every card."""
+    if torch.cuda.get_device_capability(device) < SCALED_MM_CAPABILITY:
+        return False
+    weight = quantize_weight(Weight(torch.ones(32, 32, device=device)), FP8)
+    rows = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    try:
+        _scaled_mm(rows, torch.ones(32, device=device), weight, torch.bfloat16)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _scaled_mm(x: Tensor, x_scale: Tensor | None, weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -64,6 +64,30 @@ def test_a_measured_cut_is_taken(monkeypatch: pytest.MonkeyPatch, device: torch.
     triton_cuts._table.cache_clear()
 
 
+def test_where_torch_does_not_multiply_e4m3_our_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that should, and a build of torch that does not."""
+    if (lack := lack_of("triton", CPU)) is not None:
+        pytest.skip(lack)
+    tried: list[int] = []
+
+    def refuse(x: torch.Tensor, *_: object, **__: object) -> None:
+        tried.append(len(x))
+        raise RuntimeError("Invalid scaling configuration")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_linear, "IS_INTERPRETED", False)
+    triton_linear._torch_multiplies_e4m3.cache_clear()
+    layer = quantize_weight(Weight(torch.randn(32, 128)), SCHEMES["fp8"]).to(CPU, torch.bfloat16)
+    x = torch.randn(20, 128).bfloat16()
+    try:
+        got = [triton_linear.linear(x, layer) for _ in range(2)]
+    finally:
+        triton_linear._torch_multiplies_e4m3.cache_clear()
+    assert len(tried) == 1
+    torch.testing.assert_close(got[1], linear(x, layer), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("scheme", ["w4a8-g64", "w4a16-g64"])
 def test_the_rule_gives_cuts_that_fit_and_others_are_refused(scheme: str) -> None:
     layer = weight(scheme)

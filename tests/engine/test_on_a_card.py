@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from saccade.base.errors import DeviceError
+from saccade.engine.graphs import Cuda
 from saccade.engine.runner import Runner, within_memory
 
 CARD = torch.device("cuda", 1)
@@ -51,3 +52,105 @@ def test_a_call_makes_the_models_card_the_current_one_and_says_when_it_is_full(
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="illegal"), within_memory(CARD, "buy a larger one"):
         raise RuntimeError("illegal memory access")
+
+
+class Cards:
+    """torch.cuda as far as `Cuda` uses it: a list of what was done on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.streams = ["default"]
+        for name in (
+            "current_stream",
+            "graph_pool_handle",
+            "Stream",
+            "CUDAGraph",
+            "device",
+            "stream",
+            "graph",
+            "Event",
+        ):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+
+    def current_stream(self, device: torch.device) -> Any:
+        assert device == CARD
+        return self.Stream(device, self.streams[-1])
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 1)
+
+    def Stream(self, device: torch.device, name: str = "side") -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.done.append(f"{name} waits for {other.name}"))
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.done.append("replayed"))
+
+    def Event(self) -> Any:
+        return SimpleNamespace(
+            record=lambda stream: self.done.append(f"marked on {stream.name}"), synchronize=lambda: None
+        )
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.streams.append(stream.name)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.done.append(f"recording on {stream.name}, {capture_error_mode}")
+        yield
+        self.done.append("recorded")
+
+    def end(self, index: int, pool: tuple[int, int]) -> None:
+        self.done.append(f"the allocator of card {index} no longer waits")
+        raise RuntimeError("it did not")
+
+
+def test_a_step_is_computed_twice_and_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = Cards(monkeypatch)
+    card = Cuda(CARD)
+
+    def compute() -> torch.Tensor:
+        cards.done.append(f"computed on {cards.streams[-1]}")
+        return torch.zeros(1)
+
+    replay, _ = card.record(compute)
+    replay()
+    card.mark()()
+    assert cards.done == [
+        "side waits for default",
+        "computed on side",
+        "computed on side",
+        "recording on side, thread_local",
+        "computed on side",
+        "recorded",
+        "default waits for side",
+        "replayed",
+        "marked on default",
+    ]
+
+
+@pytest.mark.parametrize("num_computed", [0, 2])
+def test_a_recording_that_fails_leaves_the_card_as_it_was(monkeypatch: pytest.MonkeyPatch, num_computed: int) -> None:
+    cards = Cards(monkeypatch)
+    left = num_computed
+
+    def compute() -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(1)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Cuda(CARD).record(compute)
+    assert cards.streams == ["default"]
+    assert cards.done[-2:] == ["the allocator of card 1 no longer waits", "default waits for side"]

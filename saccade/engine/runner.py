@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,23 @@ def within_memory(device: torch.device, remedy: str) -> Iterator[None]:
         raise DeviceError(f"{device} has not enough memory left ({told}); {remedy}") from error
 
 
+@contextmanager
+def kernels_named(device: torch.device) -> Iterator[None]:
+    """Raises DeviceError with the remedy where Triton cannot compile or launch a kernel: its own errors do not say which."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("triton."):
+            raise
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [frame.f_code.co_name for frame in frames if "/kernels/triton_" in frame.f_code.co_filename]
+        raise DeviceError(
+            f"Triton's kernel of {names[-1] if names else 'a step'} does not run on {device} "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[-1]}); open the model with "
+            "kernels={'linear': 'reference'}, or whichever op it is, and torch's own operators do it"
+        ) from error
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -103,7 +121,7 @@ def _on_its_device(call: Callable[Concatenate[Runner, P], T]) -> Callable[Concat
         device = self.model.device
         if device.type != "cuda":
             return call(self, *args, **kwargs)
-        with torch.cuda.device(device), within_memory(device, STEP_REMEDY):
+        with torch.cuda.device(device), within_memory(device, STEP_REMEDY), kernels_named(device):
             return call(self, *args, **kwargs)
 
     return wrapped

@@ -12,7 +12,7 @@ import torch
 
 from saccade.base.errors import DeviceError
 from saccade.engine.graphs import Cuda
-from saccade.engine.runner import Runner, within_memory
+from saccade.engine.runner import Runner, kernels_named, within_memory
 
 CARD = torch.device("cuda", 1)
 
@@ -52,6 +52,21 @@ def test_a_call_makes_the_models_card_the_current_one_and_says_when_it_is_full(
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="illegal"), within_memory(CARD, "buy a larger one"):
         raise RuntimeError("illegal memory access")
+
+
+def test_a_kernel_that_triton_cannot_run_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    triton_rows = pytest.importorskip("saccade.kernels.triton_rows")
+
+    def launch(kernel: Any, grid: Any) -> Any:
+        raise errors.OutOfResources(300_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(type(triton_rows._rms_norm), "__getitem__", launch)
+    x = torch.zeros(1, 16)
+    with pytest.raises(DeviceError, match=r"kernel of norm_rows .* cuda:1 .*300000.*'reference'"), kernels_named(CARD):
+        triton_rows.rms_norm(x, x[0], 1e-6)
+    with pytest.raises(ZeroDivisionError), kernels_named(CARD):
+        raise ZeroDivisionError
 
 
 class Cards:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format kernels sanitize clean
+.PHONY: demo test check format kernels emulate sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -54,14 +54,25 @@ kernels:
 	$(CMAKE) -S saccade/kernels/csrc -B build/kernels
 	$(CMAKE) --build build/kernels --parallel $$(nproc)
 
-# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests must run without a report.
+KERNEL_TESTS := tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py  # on every instruction set there is
+
+# The kernels of all instruction sets on any x86 processor with AVX2: software does what it lacks (csrc/emulated.h).
+emulate: $(VENV)/.test
+	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
+	$(CMAKE) -S saccade/kernels/csrc -B build/emulate -D SACCADE_EMULATE=ON -D SACCADE_OUTPUT=$(CURDIR)/build/emulate
+	$(CMAKE) --build build/emulate --parallel $$(nproc)
+	SACCADE_LIBRARY=build/emulate/_saccade_cpu.so $(BIN)/python -m pytest -q -n auto $(KERNEL_TESTS) \
+	tests/kernels/test_decoder.py tests/engine/test_speculation.py::test_a_row_has_the_bits_it_has_alone
+
+# The same under AddressSanitizer and UndefinedBehaviorSanitizer: the tests must run without a report.
 sanitize: $(VENV)/.test
 	command -v $(CMAKE) > /dev/null || $(PIP) cmake ninja
-	$(CMAKE) -S saccade/kernels/csrc -B build/sanitize -D SACCADE_SANITIZE=ON -D SACCADE_OUTPUT=$(CURDIR)/build/sanitize
+	$(CMAKE) -S saccade/kernels/csrc -B build/sanitize -D SACCADE_SANITIZE=ON -D SACCADE_EMULATE=ON \
+	-D SACCADE_OUTPUT=$(CURDIR)/build/sanitize
 	$(CMAKE) --build build/sanitize --parallel $$(nproc)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SACCADE_LIBRARY=build/sanitize/_saccade_cpu.so \
-	$(BIN)/python -m pytest -q -x tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py
+	$(BIN)/python -m pytest -q -x $(KERNEL_TESTS)
 
 clean:
 	git clean -fdXq saccade/kernels

@@ -31,6 +31,9 @@ bool detect(int isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+#if defined(SACCADE_EMULATED)  // what is beyond AVX2
+  return avx2 || isa == ISA_PORTABLE;
+#endif
   switch (isa) {
     case ISA_AVX2: return avx2;
     case ISA_AVX2VNNI: return avx2 && has_avxvnni();

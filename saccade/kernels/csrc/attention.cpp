@@ -9,6 +9,7 @@
 #include "attention.h"
 
 #include "pool.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace saccade::SACCADE_ISA {
@@ -88,21 +89,11 @@ void multiply_rows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64
 }
 
 #if defined(__AMX_BF16__)
-// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of b; each is 16 rows of 64 bytes.
-void begin_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
-}
-void end_tiles() { _tile_release(); }
-
-// The same for 16 * ROWS rows of bfloat16; depth is a multiple of 16.
+// The same for 16 * ROWS rows of bfloat16; depth is a multiple of 16. Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of b.
 template <int ROWS, int PANELS>
 void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t depth, float* c,
                     int64_t c_stride, bool accumulate) {
+  before_loading_tiles();
   if (accumulate) {
     _tile_loadd(0, c, c_stride * 4);
     if (PANELS == 2) _tile_loadd(1, c + PANEL, c_stride * 4);
@@ -133,9 +124,6 @@ void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int6
   if (ROWS == 2) _tile_stored(2, c + 16 * c_stride, c_stride * 4);
   if (ROWS == 2 && PANELS == 2) _tile_stored(3, c + 16 * c_stride + PANEL, c_stride * 4);
 }
-#else
-void begin_tiles() {}
-void end_tiles() {}
 #endif
 
 using Product = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "linear_stage.h"
+#include "tiles.h"
 
 namespace saccade::SACCADE_ISA {
 
@@ -206,12 +207,6 @@ struct VectorProduct : W {
 constexpr int64_t TILE = 16, TILE_BYTES = 64;
 constexpr int64_t TILE_WORDS = 256;
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // V: int8_t or BFloat16.
 template <class V>
 struct TileProduct {
@@ -225,11 +220,8 @@ struct TileProduct {
   static constexpr int OFFSET = 0;
   static constexpr int64_t INPUT_ROWS = TILE;   // x: tiles, those of 16 rows one after the other: memory is read in order
 
-  static void begin() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  static void end() { _tile_release(); }
+  static void begin() { begin_tiles(); }
+  static void end() { end_tiles(); }
 
   // x: two rows of tiles, x_stride words apart. between() is other work, done while tiles multiply.
   template <class Between>
@@ -254,6 +246,7 @@ struct TileProduct {
                              Number* sums, bool is_first, Between&& between) {
     constexpr int64_t SUMS_STRIDE = OUTPUTS * WORD;
     Number *const low = sums, *const high = sums + TILE * OUTPUTS;
+    before_loading_tiles();
     if (is_first) {
       _tile_zero(0);
       _tile_zero(1);

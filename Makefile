@@ -54,7 +54,8 @@ kernels:
 	$(CMAKE) -S saccade/kernels/csrc -B build/kernels
 	$(CMAKE) --build build/kernels --parallel $$(nproc)
 
-KERNEL_TESTS := tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py  # on every instruction set there is
+# On every instruction set there is.
+KERNEL_TESTS := tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py tests/kernels/test_ordered.py
 
 # The kernels of all instruction sets on any x86 processor with AVX2: software does what it lacks (csrc/emulated.h).
 emulate: $(VENV)/.test

@@ -20,6 +20,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "reference",
             "library",
             "ordered",
+            "cpu_pack",
             "cpu_linear",
             "cpu_small",
             "cpu_attention",
@@ -34,7 +35,9 @@ FLOORS: list[dict[str, list[str]]] = [
             "triton_decoder",
             "triton_kernels",
             "choose",
-        ],
+        ]
+    },
+    {
         "checkpoints": [
             "json_file",
             "config",

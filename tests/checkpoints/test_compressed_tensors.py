@@ -85,14 +85,21 @@ def test_a_zero_point_that_is_no_int8_is_not_written() -> None:
 # --- the library as oracle -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(24, 64), (1, 32), (3, 96), (0, 32)])
+@pytest.mark.parametrize("in_cpp", [True, False])
+def test_words_are_repacked_as_we_pack(shape: tuple[int, int], in_cpp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not in_cpp:
+        monkeypatch.setattr(ours, "load", lambda: "not built")
+    values = torch.randint(-8, 8, shape, dtype=torch.int8)
+    assert torch.equal(ours.repack_words(pack_to_int32(values, 4)), pack(values))
+
+
 def test_words_are_packed_as_the_library_packs_them() -> None:
-    values = torch.randint(-8, 8, (24, 64), dtype=torch.int8)
     weight = quantize_weight(Weight(torch.randn(24, 64)), W4A16_ASYM[32])
     assert weight.zero is not None
     tensors = ours.write(NAME, weight, torch.bfloat16)
     assert torch.equal(tensors[f"{NAME}.weight_packed"], pack_to_int32(unpack(weight.values), 4))
     assert torch.equal(tensors[f"{NAME}.weight_zero_point"], pack_to_int32(weight.zero, 4, packed_dim=0))
-    assert torch.equal(ours.repack_words(pack_to_int32(values, 4)), pack(values))
     tensors = ours.write(NAME, rounded(Weight(torch.randn(3, 37)), W8A16), torch.bfloat16)
     values = config_for(W8A16).read(InMemory(tensors), NAME).values
     assert torch.equal(tensors[f"{NAME}.weight_packed"], pack_to_int32(values, 8))

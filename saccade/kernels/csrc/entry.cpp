@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "linear.h"
 #include "ordered.h"
+#include "pack.h"
 #include "pool.h"
 #include "read.h"
 #include "small.h"
@@ -14,7 +15,7 @@
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 // Goes up with every change of an entry point or a structure: Python refuses a library of another number.
-ENTRY int32_t saccade_interface() { return 4; }
+ENTRY int32_t saccade_interface() { return 5; }
 
 // --- the machine ---
 
@@ -34,8 +35,19 @@ ENTRY uint64_t saccade_read(const uint64_t* start, int64_t count) {
 
 // --- linear layers ---
 
+// `runs` of 32 columns of 4 bits from compressed-tensors' layout to ours, on the calling thread.
+ENTRY void saccade_repack(const uint8_t* words, uint8_t* out, int64_t runs) { SACCADE_CALL(repack)({words, out, runs}); }
+
 ENTRY void saccade_linear(const SaccadeLinear* layer, const void* x, int64_t x_stride, void* y, int64_t rows) {
   SACCADE_CALL(linear)({*layer, x, x_stride, y, rows});
+}
+
+// Returns whether the scales of groups could be split; product is [rows, groups].
+ENTRY int32_t saccade_split_scales(const float* product, float* scale, int8_t* multiples, int64_t rows, int64_t groups,
+                                   int32_t most) {
+  int32_t is_split;
+  SACCADE_CALL(split_scales)({product, scale, multiples, rows, groups, most, &is_split});
+  return is_split;
 }
 
 // --- attention, and the ops between products ---

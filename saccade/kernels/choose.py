@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from saccade.kernels.record import OPS, Kernels
 
 BACK_ENDS = ("reference", "cpu", "triton")
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and int8 in matrix units
+OLDEST_TRITON = (3, 3)  # the compiler of 3.2 ends the process at the kernel for fp8
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def lack_of(back_end: str, device: torch.device) -> str | None:
 def _triton_lack(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
+    major, minor = _triton_version()
+    if (major, minor) < OLDEST_TRITON:
+        return f"triton {major}.{minor} is too old; pip install 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}', which torch 2.7 brings"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU; unset it"
     if device.type != "cuda":
@@ -110,6 +115,14 @@ def _triton_lack(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     return _trial(device)
+
+
+def _triton_version() -> tuple[int, int]:
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:  # a build of torch's own, under another name
+        return OLDEST_TRITON
+    return int(major), int(minor)
 
 
 @cache

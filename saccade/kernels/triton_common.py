@@ -53,9 +53,8 @@ def dot(a, b, acc):
     """
     if _INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32)).to(acc.dtype)
-    return tl.dot(
-        a, b, acc, input_precision="ieee", out_dtype=acc.dtype
-    )  # to be said for whole numbers before Triton 3.7
+    # Triton 3.6 takes every sum for float32 unless told otherwise.
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit

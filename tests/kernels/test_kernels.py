@@ -247,6 +247,12 @@ def test_a_card_that_triton_does_not_serve_is_served_by_torch_and_it_is_said(
     assert f"does not serve {card}: its smallest kernel fails: RuntimeError: Failed to find C compiler.;" in message
 
 
+def test_a_triton_whose_compiler_breaks_off_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("saccade.kernels.choose.version", lambda name: "3.2.0")
+    assert "triton 3.2 is too old" in str(lack_of("triton", torch.device("cpu")))
+
+
 @pytest.mark.skipif(lack_of("triton", torch.device("cpu")) is not None, reason="interpreted, here")
 def test_the_smallest_kernel_runs() -> None:
     from saccade.kernels.triton_common import mark

@@ -55,7 +55,8 @@ kernels:
 	$(CMAKE) --build build/kernels --parallel $$(nproc)
 
 # On every instruction set there is.
-KERNEL_TESTS := tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py tests/kernels/test_ordered.py
+KERNEL_TESTS := tests/kernels/test_cpu_linear.py tests/kernels/test_cpu_ops.py tests/kernels/test_ordered.py \
+	tests/kernels/test_cpu_pack.py
 
 # The kernels of all instruction sets on any x86 processor with AVX2: software does what it lacks (csrc/emulated.h).
 emulate: $(VENV)/.test

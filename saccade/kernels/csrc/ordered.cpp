@@ -8,7 +8,11 @@
 namespace saccade::SACCADE_ISA {
 namespace {
 
-constexpr int64_t ROWS = 6;              // whose sums fit the registers
+#if SACCADE_LANES == 16
+constexpr int64_t ROWS = 12;  // whose sums fit the registers
+#else
+constexpr int64_t ROWS = 6;
+#endif
 constexpr int64_t COLUMNS = 2 * LANES;   // of a panel
 constexpr int64_t PIECE_OF_ROWS = 16;    // rows a thread takes at once
 constexpr float LOG2E = 1.44269504f;
@@ -28,72 +32,84 @@ inline uint16_t narrow(float value) {
   return value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-// vdpbf16ps takes a subnormal number for zero.
-inline float without_subnormals(float value) { return fabsf(value) < 1.17549435e-38f ? 0.0f : value; }
-
 // --- products --------------------------------------------------------------------------------------------------------
 
-enum class Order { EVEN_FIRST, ODD_FIRST };  // of two neighbours in depth
+// How factors lie: `steps` values for a row's depth, and what a value of a row and LANES values of a panel add to the sums.
 
-// Where the factor of this depth goes so that multiply() meets it in turn.
-template <Order order>
-inline int64_t place(int64_t depth) {
-  return order == Order::ODD_FIRST ? depth ^ 1 : depth;
+// Column by column.
+struct InTurn {
+  using Value = float;
+  static int64_t steps(int64_t depth) { return depth; }
+  static void put(float* row, int64_t stride, int64_t i, uint16_t bits) { row[i * stride] = wide(bits); }
+  static Floats add(Floats sums, float factor, const float* panel) { return fma(splat(factor), load(panel), sums); }
+};
+
+// Two at a time, the odd one first: vdpbf16ps, which takes a subnormal number for zero.
+#if defined(__AVX512BF16__)
+struct ByPairs {
+  using Value = uint32_t;
+  static int64_t steps(int64_t depth) { return (depth + 1) / 2; }
+  static void put(uint32_t* row, int64_t stride, int64_t i, uint16_t bits) {
+    uint32_t& pair = row[i / 2 * stride];
+    pair = i % 2 ? (pair & 0xffff) | static_cast<uint32_t>(bits) << 16 : bits;
+  }
+  static Floats add(Floats sums, uint32_t factor, const uint32_t* panel) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(static_cast<int>(factor)),
+                                    (__m512bh)_mm512_loadu_si512(panel));
+  }
+};
+#else
+struct ByPairs {
+  using Value = float;
+  static int64_t steps(int64_t depth) { return round_up(depth, 2); }
+  static void put(float* row, int64_t stride, int64_t i, uint16_t bits) {
+    const float value = wide(bits);
+    row[(i ^ 1) * stride] = fabsf(value) < 1.17549435e-38f ? 0.0f : value;
+    if (i % 2 == 0) row[i * stride] = 0.0f;  // where there is no odd one
+  }
+  static Floats add(Floats sums, float factor, const float* panel) { return InTurn::add(sums, factor, panel); }
+};
+#endif
+
+template <class Form>
+void fill_row(const uint16_t* from, int64_t depth, typename Form::Value* to) {
+  for (int64_t i = 0; i < depth; ++i) Form::put(to, 1, i, from[i]);
 }
 
-template <Order order>
-void widen_row(const uint16_t* from, int64_t stride, int64_t depth, float* to) {
-  const int64_t whole = round_up(depth, 2);
-  to[whole - 1] = to[whole - 2] = 0.0f;
-  for (int64_t i = 0; i < depth; ++i) {
-    const float value = wide(from[i * stride]);
-    to[place<order>(i)] = order == Order::ODD_FIRST ? without_subnormals(value) : value;
-  }
-}
-
-// [depth, COLUMNS] of b's columns from `first` on; zeros beyond the last.
-template <Order order>
-void fill_panel(const uint16_t* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count, float* panel) {
-  const int64_t whole = round_up(depth, 2);
-  memset(panel + (whole - 2) * COLUMNS, 0, 2 * COLUMNS * sizeof(float));
-  for (int64_t i = 0; i < depth; ++i) {
-    float* const to = panel + place<order>(i) * COLUMNS;
-    for (int64_t j = 0; j < COLUMNS; ++j) {
-      const float value = j < count ? wide(b[i * row_stride + j * column_stride]) : 0.0f;
-      to[j] = order == Order::ODD_FIRST ? without_subnormals(value) : value;
-    }
-  }
+// [steps, COLUMNS] of b's columns from `b` on; zeros beyond `count` of them.
+template <class Form>
+void fill_panel(const uint16_t* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count,
+                typename Form::Value* panel) {
+  for (int64_t i = 0; i < depth; ++i)
+    for (int64_t j = 0; j < COLUMNS; ++j)
+      Form::put(panel + j, COLUMNS, i, j < count ? b[i * row_stride + j * column_stride] : 0);
 }
 
 // a: N rows; sums: [N, COLUMNS].
-template <int64_t N>
-void multiply_rows(const float* a, int64_t stride, const float* panel, int64_t depth, float* sums) {
+template <class Form, int64_t N>
+void multiply_rows(const typename Form::Value* a, int64_t stride, const typename Form::Value* panel, int64_t steps,
+                   float* sums) {
   Floats all[N][2] = {};
-  for (int64_t i = 0; i < depth; ++i) {
-    const Floats low = load(panel + i * COLUMNS), high = load(panel + i * COLUMNS + LANES);
-    for (int64_t row = 0; row < N; ++row) {
-      const Floats factor = splat(a[row * stride + i]);
-      all[row][0] = fma(factor, low, all[row][0]);
-      all[row][1] = fma(factor, high, all[row][1]);
-    }
-  }
-  for (int64_t row = 0; row < N; ++row) {
-    store(sums + row * COLUMNS, all[row][0]);
-    store(sums + row * COLUMNS + LANES, all[row][1]);
-  }
+  for (int64_t i = 0; i < steps; ++i)
+    for (int64_t row = 0; row < N; ++row)
+      for (int64_t half = 0; half < 2; ++half)
+        all[row][half] = Form::add(all[row][half], a[row * stride + i], panel + i * COLUMNS + half * LANES);
+  for (int64_t row = 0; row < N; ++row)
+    for (int64_t half = 0; half < 2; ++half) store(sums + row * COLUMNS + half * LANES, all[row][half]);
 }
 
 // function(row, sums) for each of a's rows with the COLUMNS of the panel.
-template <class Function>
-void multiply(const float* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, Function&& function) {
+template <class Form, class Function>
+void multiply(const typename Form::Value* a, int64_t stride, int64_t rows, const typename Form::Value* panel,
+              int64_t steps, Function&& function) {
   float sums[ROWS * COLUMNS];
   int64_t row = 0;
   for (; row + ROWS <= rows; row += ROWS) {
-    multiply_rows<ROWS>(a + row * stride, stride, panel, depth, sums);
+    multiply_rows<Form, ROWS>(a + row * stride, stride, panel, steps, sums);
     for (int64_t i = 0; i < ROWS; ++i) function(row + i, sums + i * COLUMNS);
   }
   for (; row < rows; ++row) {
-    multiply_rows<1>(a + row * stride, stride, panel, depth, sums);
+    multiply_rows<Form, 1>(a + row * stride, stride, panel, steps, sums);
     function(row, sums);
   }
 }
@@ -249,7 +265,7 @@ struct QueryBlock {
   const uint16_t* at(const uint16_t* of, int64_t token) const { return of + (head * op.tokens + token) * op.head_dim; }
 
   void run() {
-    const int64_t depth = round_up(op.head_dim, 2);
+    const int64_t depth = op.head_dim;
     queries = static_cast<float*>(scratch(SCRATCH_INPUT, rows * depth * sizeof(float)));
     scores = static_cast<float*>(scratch(SCRATCH_SUMS, rows * KEYS * sizeof(float)));
     outputs = static_cast<float*>(scratch(SCRATCH_ROWS, rows * op.head_dim * sizeof(float)));
@@ -257,7 +273,7 @@ struct QueryBlock {
     for (int64_t row = 0; row < rows; ++row) {
       tops[row] = -INFINITY;
       sums[row] = 0.0f;
-      widen_row<Order::EVEN_FIRST>(at(op.q, first + row), 1, op.head_dim, queries + row * depth);
+      fill_row<InTurn>(at(op.q, first + row), depth, queries + row * depth);
     }
     for (int64_t key = 0; key < first + rows; key += KEYS) {
       const int64_t count = op.tokens - key < KEYS ? op.tokens - key : KEYS;
@@ -276,8 +292,8 @@ struct QueryBlock {
     const float scale = static_cast<float>(1.0 / sqrt(static_cast<double>(op.head_dim)));
     for (int64_t column = 0; column < count; column += COLUMNS) {
       const int64_t some = count - column < COLUMNS ? count - column : COLUMNS;
-      fill_panel<Order::EVEN_FIRST>(at(op.k, key + column), 1, op.head_dim, op.head_dim, some, panel);
-      multiply(queries, depth, rows, panel, depth, [&](int64_t row, const float* of) {
+      fill_panel<InTurn>(at(op.k, key + column), 1, op.head_dim, depth, some, panel);
+      multiply<InTurn>(queries, depth, rows, panel, depth, [&](int64_t row, const float* of) {
         for (int64_t i = 0; i < some; ++i)
           scores[row * KEYS + column + i] = key + column + i > first + row ? -INFINITY : of[i] * scale;
       });
@@ -313,8 +329,8 @@ struct QueryBlock {
   void gather(int64_t key, int64_t count) {
     for (int64_t column = 0; column < op.head_dim; column += COLUMNS) {
       const int64_t some = op.head_dim - column < COLUMNS ? op.head_dim - column : COLUMNS;
-      fill_panel<Order::EVEN_FIRST>(at(op.v, key) + column, op.head_dim, 1, count, some, panel);
-      multiply(scores, KEYS, rows, panel, count, [&](int64_t row, const float* of) {
+      fill_panel<InTurn>(at(op.v, key) + column, op.head_dim, 1, count, some, panel);
+      multiply<InTurn>(scores, KEYS, rows, panel, count, [&](int64_t row, const float* of) {
         float* const y = outputs + row * op.head_dim + column;
         for (int64_t i = 0; i < some; ++i) y[i] = key > 0 ? y[i] + of[i] : of[i];
       });
@@ -325,20 +341,19 @@ struct QueryBlock {
 }  // namespace
 
 void ordered_product(const SaccadeOrderedProduct& op) {
-  const int64_t depth = round_up(op.depth, 2);
-  const auto a = static_cast<float*>(scratch(SCRATCH_INPUT, op.rows * depth * sizeof(float)));
-  each_row(op.rows, [&](int64_t row) {
-    widen_row<Order::ODD_FIRST>(op.a + row * op.a_stride, 1, op.depth, a + row * depth);
-  });
+  using Value = ByPairs::Value;
+  const int64_t steps = ByPairs::steps(op.depth);
+  const auto a = static_cast<Value*>(scratch(SCRATCH_INPUT, op.rows * steps * sizeof(Value)));
+  each_row(op.rows, [&](int64_t row) { fill_row<ByPairs>(op.a + row * op.a_stride, op.depth, a + row * steps); });
   Pieces pieces((op.columns + COLUMNS - 1) / COLUMNS);
   parallel([&](int, int) {
-    const auto panel = static_cast<float*>(scratch(SCRATCH_PANEL, depth * COLUMNS * sizeof(float)));
+    const auto panel = static_cast<Value*>(scratch(SCRATCH_PANEL, steps * COLUMNS * sizeof(Value)));
     for (int64_t piece; (piece = pieces.next()) >= 0;) {
       const int64_t first = piece * COLUMNS;
       const int64_t count = op.columns - first < COLUMNS ? op.columns - first : COLUMNS;
       const uint16_t* const b = op.b + first * op.b_column_stride;
-      fill_panel<Order::ODD_FIRST>(b, op.b_row_stride, op.b_column_stride, op.depth, count, panel);
-      multiply(a, depth, op.rows, panel, depth, [&](int64_t row, const float* sums) {
+      fill_panel<ByPairs>(b, op.b_row_stride, op.b_column_stride, op.depth, count, panel);
+      multiply<ByPairs>(a, steps, op.rows, panel, steps, [&](int64_t row, const float* sums) {
         uint16_t* const y = op.y + row * op.columns + first;
         for (int64_t i = 0; i < count; ++i)
           y[i] = narrow(op.bias ? sums[i] + wide(op.bias[first + i]) : sums[i]);

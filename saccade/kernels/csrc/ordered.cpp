@@ -131,8 +131,16 @@ inline float rough_exp(float v) {
   return result;
 }
 
+inline float two_to(int32_t power) {
+  const int32_t bits = (power + 127) << 23;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // e^v for v <= 0 within one unit of the last place: SLEEF's expf_u10, in the order of its operations.
 inline float fine_exp(float v) {
+  v = v < -110.0f ? -110.0f : v;  // from -104 on the result rounds to zero
   const float whole = rintf(v * LOG2E);
   float rest = __builtin_fmaf(whole, -0.693145751953125f, v);
   rest = __builtin_fmaf(whole, -1.428606765330187045e-06f, rest);
@@ -142,11 +150,8 @@ inline float fine_exp(float v) {
   y = __builtin_fmaf(y, rest, 0.166666671633720397949219f);
   y = __builtin_fmaf(y, rest, 0.5f);
   y = 1.0f + __builtin_fmaf(rest * rest, y, rest);
-  const auto power = static_cast<int32_t>(whole < -200.0f ? -200.0f : whole);
-  const int32_t halves[2] = {((power >> 1) + 127) << 23, ((power - (power >> 1)) + 127) << 23};
-  float factors[2];
-  memcpy(factors, halves, sizeof factors);
-  return v < -104.0f ? 0.0f : y * factors[0] * factors[1];
+  const auto power = static_cast<int32_t>(whole);
+  return y * two_to(power >> 1) * two_to(power - (power >> 1));
 }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
@@ -159,27 +164,28 @@ inline float folded(float* sums, int64_t lanes) {
 }
 
 // ATen's sum of a row: four vectors side by side; every 2^power of them their sums go up to the next of four levels.
+template <int64_t VECTOR>
 struct Cascade {
-  static constexpr int64_t LEVELS = 4, MOST = 4 * 16;
-  float sums[LEVELS][MOST];
+  static constexpr int64_t LEVELS = 4, WIDTH = 4 * VECTOR;
+  float sums[LEVELS][WIDTH];
 
-  // at(i): the i-th of `count` vectors.
+  // at(i, sums): adds the i-th of `count` vectors to VECTOR sums.
   template <class At>
-  void add(int64_t count, int64_t lanes, At&& at) {
+  void add(int64_t count, At&& at) {
     memset(sums, 0, sizeof sums);
-    const int64_t rounds = count / 4, width = 4 * lanes;
+    const int64_t rounds = count / 4;
     int64_t bits = 0;
     while ((int64_t{1} << bits) < rounds) ++bits;
     const int64_t power = bits / LEVELS > 4 ? bits / LEVELS : 4;
     const int64_t step = int64_t{1} << power;
     const auto take = [&](int64_t round) {
-      for (int64_t i = 0; i < 4; ++i) at(round * 4 + i, sums[0] + i * lanes);
+      for (int64_t i = 0; i < 4; ++i) at(round * 4 + i, sums[0] + i * VECTOR);
     };
     int64_t round = 0;
     while (round + step <= rounds) {
       for (int64_t i = 0; i < step; ++i) take(round++);
       for (int64_t level = 1; level < LEVELS; ++level) {
-        for (int64_t i = 0; i < width; ++i) {
+        for (int64_t i = 0; i < WIDTH; ++i) {
           sums[level][i] += sums[level - 1][i];
           sums[level - 1][i] = 0.0f;
         }
@@ -188,39 +194,41 @@ struct Cascade {
     }
     while (round < rounds) take(round++);
     for (int64_t level = 1; level < LEVELS; ++level)
-      for (int64_t i = 0; i < width; ++i) sums[0][i] += sums[level][i];
+      for (int64_t i = 0; i < WIDTH; ++i) sums[0][i] += sums[level][i];
     for (int64_t i = rounds * 4; i < count; ++i) at(i, sums[0]);
     for (int64_t part = 1; part < 4; ++part)
-      for (int64_t i = 0; i < lanes; ++i) sums[0][i] += sums[0][part * lanes + i];
+      for (int64_t i = 0; i < VECTOR; ++i) sums[0][i] += sums[0][part * VECTOR + i];
   }
 };
 
-// at(i, sums): adds vector i of `vectors`, of `lanes` sums; rest(i): the values after the last vector, up to `count`.
-template <class At, class Rest>
-float cascaded(int64_t vectors, int64_t lanes, int64_t first, int64_t count, At&& at, Rest&& rest) {
-  Cascade cascade;
-  cascade.add(vectors, lanes, at);
+// at(i, sums): adds vector i of `vectors`; rest(i): the values after the last vector, up to `count`.
+template <int64_t VECTOR, class At, class Rest>
+float cascaded(int64_t vectors, int64_t first, int64_t count, At&& at, Rest&& rest) {
+  Cascade<VECTOR> cascade;
+  cascade.add(vectors, at);
   float sum = 0.0f;
   for (int64_t i = first; i < count; ++i) sum += rest(i);
-  for (int64_t i = 0; i < lanes; ++i) sum += cascade.sums[0][i];
+  for (int64_t i = 0; i < VECTOR; ++i) sum += cascade.sums[0][i];
   return sum;
 }
 
-float sum_row(const float* x, int64_t count, int64_t lanes) {
-  const int64_t vectors = count / lanes;
+template <int64_t VECTOR>
+float sum_row(const float* x, int64_t count) {
+  const int64_t vectors = count / VECTOR;
   const auto at = [&](int64_t i, float* sums) {
-    for (int64_t j = 0; j < lanes; ++j) sums[j] += x[i * lanes + j];
+    for (int64_t j = 0; j < VECTOR; ++j) sums[j] += x[i * VECTOR + j];
   };
-  return cascaded(vectors, lanes, vectors * lanes, count, at, [&](int64_t i) { return x[i]; });
+  return cascaded<VECTOR>(vectors, vectors * VECTOR, count, at, [&](int64_t i) { return x[i]; });
 }
 
 // A vector of bfloat16 has twice the lanes: its halves are added to each other first.
-float sum_row(const uint16_t* x, int64_t count, int64_t lanes) {
-  const int64_t vectors = count / (2 * lanes);
+template <int64_t VECTOR>
+float sum_row(const uint16_t* x, int64_t count) {
+  const int64_t vectors = count / (2 * VECTOR);
   const auto at = [&](int64_t i, float* sums) {
-    for (int64_t j = 0; j < lanes; ++j) sums[j] += wide(x[i * 2 * lanes + j]) + wide(x[(i * 2 + 1) * lanes + j]);
+    for (int64_t j = 0; j < VECTOR; ++j) sums[j] += wide(x[i * 2 * VECTOR + j]) + wide(x[(i * 2 + 1) * VECTOR + j]);
   };
-  return cascaded(vectors, lanes, vectors * 2 * lanes, count, at, [&](int64_t i) { return wide(x[i]); });
+  return cascaded<VECTOR>(vectors, vectors * 2 * VECTOR, count, at, [&](int64_t i) { return wide(x[i]); });
 }
 
 // y: [count]. One vector of sums; a row shorter than it is summed in order.
@@ -374,12 +382,15 @@ void ordered_attention(const SaccadeOrderedAttention& op) {
   });
 }
 
+template <int64_t VECTOR, class T>
+void sum_rows(const SaccadeOrderedRows& op) {
+  const auto x = static_cast<const T*>(op.x);
+  each_row(op.rows, [&](int64_t row) { op.y[row] = sum_row<VECTOR>(x + row * op.columns, op.columns); });
+}
+
 void ordered_sum(const SaccadeOrderedRows& op) {
-  each_row(op.rows, [&](int64_t row) {
-    const int64_t at = row * op.columns;
-    op.y[row] = op.is_bf16 ? sum_row(static_cast<const uint16_t*>(op.x) + at, op.columns, op.lanes)
-                           : sum_row(static_cast<const float*>(op.x) + at, op.columns, op.lanes);
-  });
+  if (op.is_bf16) return op.lanes == 16 ? sum_rows<16, uint16_t>(op) : sum_rows<8, uint16_t>(op);
+  op.lanes == 16 ? sum_rows<16, float>(op) : sum_rows<8, float>(op);
 }
 
 void ordered_softmax(const SaccadeOrderedRows& op) {

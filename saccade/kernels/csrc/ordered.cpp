@@ -131,26 +131,33 @@ inline float rough_exp(float v) {
   return result;
 }
 
-inline float two_to(int32_t power) {
-  const int32_t bits = (power + 127) << 23;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+// a * b + c rounded once, on every processor.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return fma(a, b, c);
+#else
+  for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
 }
 
-// e^v for v <= 0 within one unit of the last place: SLEEF's expf_u10, in the order of its operations.
-inline float fine_exp(float v) {
-  v = v < -110.0f ? -110.0f : v;  // from -104 on the result rounds to zero
-  const float whole = rintf(v * LOG2E);
-  float rest = __builtin_fmaf(whole, -0.693145751953125f, v);
-  rest = __builtin_fmaf(whole, -1.428606765330187045e-06f, rest);
-  float y = __builtin_fmaf(0.000198527617612853646278381f, rest, 0.00139304355252534151077271f);
-  y = __builtin_fmaf(y, rest, 0.00833336077630519866943359f);
-  y = __builtin_fmaf(y, rest, 0.0416664853692054748535156f);
-  y = __builtin_fmaf(y, rest, 0.166666671633720397949219f);
-  y = __builtin_fmaf(y, rest, 0.5f);
-  y = 1.0f + __builtin_fmaf(rest * rest, y, rest);
-  const auto power = static_cast<int32_t>(whole);
+inline Floats two_to(Ints power) { return (Floats)((power + 127) << 23); }
+
+// e^v for v <= 0 within one unit of the last place: SLEEF's expf_u10, in the order of its operations. Adding 1.5 * 2^23, whose last
+// bit is worth 1, rounds to a whole number, halves to even.
+inline Floats fine_exp(Floats v) {
+  v = larger(splat(-110.0f), v);  // from -104 on the result rounds to zero
+  const Floats shifted = v * splat(LOG2E) + splat(12582912.0f);
+  const Floats whole = shifted - splat(12582912.0f);
+  const Ints power = (Ints)shifted - 0x4b400000;
+  Floats rest = fused(whole, splat(-0.693145751953125f), v);
+  rest = fused(whole, splat(-1.428606765330187045e-06f), rest);
+  Floats y = fused(splat(0.000198527617612853646278381f), rest, splat(0.00139304355252534151077271f));
+  y = fused(y, rest, splat(0.00833336077630519866943359f));
+  y = fused(y, rest, splat(0.0416664853692054748535156f));
+  y = fused(y, rest, splat(0.166666671633720397949219f));
+  y = fused(y, rest, splat(0.5f));
+  y = splat(1.0f) + fused(rest * rest, y, rest);
   return y * two_to(power >> 1) * two_to(power - (power >> 1));
 }
 
@@ -235,7 +242,9 @@ float sum_row(const uint16_t* x, int64_t count) {
 void softmax_row(const float* x, float* y, int64_t count, int64_t lanes) {
   float top = x[0];
   for (int64_t i = 1; i < count; ++i) top = x[i] > top ? x[i] : top;
-  for (int64_t i = 0; i < count; ++i) y[i] = fine_exp(x[i] - top);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(y + i, fine_exp(load(x + i) - splat(top)));
+  if (i < count) store_first(y + i, fine_exp(load_first(x + i, count - i) - splat(top)), count - i);
   float sums[16] = {}, sum = 0.0f;
   if (count < lanes) {
     for (int64_t i = 0; i < count; ++i) sum += y[i];

@@ -7,7 +7,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the workers; before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,28 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels are interpreted on the CPU; to be said before its first import
     os.environ["TRITON_INTERPRET"] = "1"
+
+from saccade.kernels.library import Library, load
+
+
+@pytest.fixture(params=load().supported if isinstance(load(), Library) else [])  # type: ignore[union-attr]
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the C++ kernels that runs here, one after the other; without the library, none."""
+    library = load()
+    assert isinstance(library, Library)
+    before = library.isa
+    library.use(request.param)
+    yield request.param
+    library.use(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For torch: last bits depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -160,14 +160,17 @@ def _verified(found: QuantizationReport, report: Report, source: Path, recipe: E
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
+    library, before = load(), torch.get_num_threads()
+    workers = library.num_threads if isinstance(library, Library) else 0
     torch.set_num_threads(count or 1)
-    if isinstance(library := load(), Library):
+    if isinstance(library, Library):
         library.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if isinstance(library, Library):
+            library.set_num_threads(workers)
 
 
 class Run:

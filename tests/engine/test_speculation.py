@@ -15,7 +15,7 @@ from saccade.api import messages_for
 from saccade.demo import questions
 from saccade.engine.lookup import Lookup, Speculation
 from saccade.kernels.choose import choose
-from saccade.kernels.library import Library, load
+from saccade.kernels.library import load
 from saccade.schemes.affine import loading_scheme, quantize_weight
 from saccade.schemes.scheme import Weight
 from tests.engine.test_engine import conversation, told
@@ -134,16 +134,6 @@ def test_an_answer_is_never_guessed_beyond_its_longest(open_tiny: Open, monkeypa
 # --- to the bit --------------------------------------------------------------------------------------------------------
 
 needs_library = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
-
-
-@pytest.fixture(params=load().supported if isinstance(load(), Library) else [])  # type: ignore[union-attr]
-def isa(request: pytest.FixtureRequest) -> Any:
-    library = load()
-    assert isinstance(library, Library)
-    before = library.isa
-    library.use(request.param)
-    yield request.param
-    library.use(before)
 
 
 @needs_library

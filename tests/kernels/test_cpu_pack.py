@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +13,11 @@ from saccade.schemes.packing import pack
 pytestmark = pytest.mark.skipif(not isinstance(load(), Library), reason="the C++ kernels are not built")
 
 
-@pytest.fixture(params=getattr(load(), "supported", ("none",)))
-def library(request: pytest.FixtureRequest) -> Iterator[Library]:
+@pytest.fixture
+def library(isa: str) -> Library:
     library = load()
     assert isinstance(library, Library)
-    before = library.isa
-    library.use(request.param)
-    yield library
-    library.use(before)
+    return library
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (1, 32), (5, 3424), (0, 32)])

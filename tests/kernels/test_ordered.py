@@ -14,25 +14,7 @@ LANES = {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability())
 
 needs_library = pytest.mark.skipif(not isinstance(load(), Library), reason="the C++ kernels are not built")
 needs_lanes = pytest.mark.skipif(LANES is None, reason="torch's own vectors are of another kind here")
-pytestmark = needs_library
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=getattr(load(), "supported", ("none",)))
-def isa(request: pytest.FixtureRequest) -> object:
-    library = load()
-    assert isinstance(library, Library)
-    before = library.isa
-    library.use(request.param)
-    yield request.param
-    library.use(before)
+pytestmark = [needs_library, pytest.mark.usefixtures("one_thread")]
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -15,7 +15,6 @@ constexpr int64_t ROWS = 6;
 #endif
 constexpr int64_t COLUMNS = 2 * LANES;   // of a panel
 constexpr int64_t PIECE_OF_ROWS = 16;    // rows a thread takes at once
-constexpr float LOG2E = 1.44269504f;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -119,7 +118,7 @@ void multiply(const typename Form::Value* a, int64_t stride, int64_t rows, const
 // 2^(v log2 e) by the bits of the sum of a whole part and a cubic of the rest: arXiv:1409.2328 with the cubic torch takes for
 // softmax in flash attention.
 inline float rough_exp(float v) {
-  const float scaled = v * LOG2E;
+  const float scaled = v * LOG2_E;
   const float rest = scaled - floorf(scaled);
   float off = __builtin_fmaf(rest, -0.079204240219773236f, -0.22433836478672356f);
   off = __builtin_fmaf(rest, off, 0.30354260500649682f);
@@ -147,7 +146,7 @@ inline Floats two_to(Ints power) { return (Floats)((power + 127) << 23); }
 // bit is worth 1, rounds to a whole number, halves to even.
 inline Floats fine_exp(Floats v) {
   v = larger(splat(-110.0f), v);  // from -104 on the result rounds to zero
-  const Floats shifted = v * splat(LOG2E) + splat(12582912.0f);
+  const Floats shifted = v * splat(LOG2_E) + splat(12582912.0f);
   const Floats whole = shifted - splat(12582912.0f);
   const Ints power = (Ints)shifted - 0x4b400000;
   Floats rest = fused(whole, splat(-0.693145751953125f), v);

@@ -72,6 +72,8 @@ FLOORS: list[dict[str, list[str]]] = [
             "fold",
             "rounding",
             "observers",
+            "objectives",
+            "trials",
             "outlier_suppression",
             "iterative_smooth",
             "exact_format",

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         ("a", c_void_p),
         ("b", c_void_p),
+        ("panels", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
         ("rows", c_int64),
@@ -34,6 +37,64 @@ class _Product(ctypes.Structure):
         ("a_stride", c_int64),
         ("b_row_stride", c_int64),
         ("b_column_stride", c_int64),
+    )
+
+
+class _Panels(ctypes.Structure):
+    """SaccadeOrderedPanels of csrc/ordered.h."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("panels", c_void_p),
+        ("bytes", POINTER(c_int64)),
+        ("columns", c_int64),
+        ("depth", c_int64),
+    )
+
+
+class _Levels(ctypes.Structure):
+    """SaccadeOrderedLevels of csrc/ordered.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("scale", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("step", c_float),
+        ("zero", c_float),
+    )
+
+
+class _GateUp(ctypes.Structure):
+    """SaccadeOrderedGateUp of csrc/ordered.h."""
+
+    _fields_ = (
+        ("both", c_void_p),
+        ("bias", c_void_p),
+        ("silu", c_void_p),
+        ("exact", c_void_p),
+        ("distances", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+    )
+
+
+class _Segments(ctypes.Structure):
+    """SaccadeOrderedSegments of csrc/ordered.h."""
+
+    _fields_ = (
+        ("qkv", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("bounds", c_void_p),
+        ("exact", c_void_p),
+        ("y", c_void_p),
+        ("distances", c_void_p),
+        ("num_segments", c_int64),
+        ("head_dim", c_int64),
+        ("root", c_float),
     )
 
 
@@ -75,6 +136,115 @@ def is_ordered(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and isinstance(load(), Library)
 
 
+@dataclass(frozen=True)
+class Panels:
+    """A weight [O, H] in bfloat16 as the products of the instruction set in use read it."""
+
+    data: Tensor
+    num_outputs: int
+    depth: int
+
+
+def panels(weight: Tensor, scale: Tensor | None = None, out: Panels | None = None) -> Panels:
+    """weight: [O, H]; scale: [H], both bfloat16. With a scale: of weight * scale in 255 levels for each row and back.
+
+    `out`: of a weight of this shape, whose memory is taken.
+    """
+    library = _needed(weight)
+    weight, scale = weight.contiguous(), None if scale is None else scale.contiguous()
+    size = c_int64()
+    op = _Panels(weight.data_ptr(), _pointer(scale), None, ctypes.pointer(size), *weight.shape)
+    if out is None:
+        library.functions.saccade_ordered_panels(ctypes.byref(op))
+        out = Panels(torch.empty(size.value, dtype=torch.uint8), *weight.shape)
+    op.panels = out.data.data_ptr()
+    library.functions.saccade_ordered_panels(ctypes.byref(op))
+    return out
+
+
+def product(x: Tensor, weight: Panels) -> Tensor:
+    """x: [N, H] bfloat16. Returns [N, O]."""
+    y = x.new_empty(len(x), weight.num_outputs)
+    sizes = (len(x), weight.num_outputs, weight.depth)
+    op = _Product(x.data_ptr(), None, weight.data.data_ptr(), None, y.data_ptr(), *sizes, x.stride(0), 0, 0)
+    _needed(x).functions.saccade_ordered_product(ctypes.byref(op))
+    return y
+
+
+def levels(x: Tensor, scale: Tensor, step: float, zero: float) -> Tensor:
+    """x / scale in 256 levels of width `step` and back. x: [N, H]; scale: [H], both bfloat16 and contiguous."""
+    y = torch.empty_like(x)
+    op = _Levels(x.data_ptr(), scale.data_ptr(), y.data_ptr(), *x.shape, step, zero)
+    _needed(x).functions.saccade_ordered_levels(ctypes.byref(op))
+    return y
+
+
+@cache
+def _silu_of_all() -> Tensor:
+    """[65536]: of each number of bfloat16, by its bits."""
+    return F.silu(torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).roll(1 << 15).view(torch.bfloat16))
+
+
+def gate_up_distances(both: Tensor, bias: Tensor | None, exact: Tensor) -> Tensor:
+    """Squared distances of the rows of silu(gate) * up to exact's. both: [N, 2 M]; bias: [2 M]; exact: [N, M]; bfloat16, contiguous.
+
+    Returns [N] float32. M: at least 16.
+    """
+    distances = torch.empty(len(both))
+    silu, sizes = _silu_of_all().data_ptr(), exact.shape
+    op = _GateUp(both.data_ptr(), _pointer(bias), silu, exact.data_ptr(), distances.data_ptr(), *sizes)
+    _needed(both).functions.saccade_ordered_gate_up(ctypes.byref(op))
+    return distances
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Patches that attend to each other, one group after the other. cos, sin: [N, D] float32, contiguous.
+
+    bounds: cumulative, from 0 to N, even. Segments are parts of 16 patches or more: sums are those over all of them with a mask,
+    wherever a segment lies among them, as long as it begins at an even place.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    bounds: tuple[int, ...]
+    root: float  # of what logits are divided by
+
+
+def segment_attention(qkv: Tensor, segments: Segments) -> Tensor:
+    """One head. qkv: [N, 3 D] bfloat16, contiguous. Returns [N, D]."""
+    y = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+    _segments(qkv, segments, None, y, None)
+    return y
+
+
+def segment_distances(qkv: Tensor, segments: Segments, exact: Tensor) -> Tensor:
+    """Squared distances of the same to `exact` [N, D]. Returns [N] bfloat16. D: at least 32."""
+    distances = torch.empty(len(qkv))
+    _segments(qkv, segments, exact, None, distances)
+    return distances.to(qkv.dtype)
+
+
+def _segments(qkv: Tensor, of: Segments, exact: Tensor | None, y: Tensor | None, distances: Tensor | None) -> None:
+    bounds = (c_int64 * len(of.bounds))(*of.bounds)
+    results = [_pointer(t) for t in (exact, y, distances)]
+    op = _Segments(
+        qkv.data_ptr(), of.cos.data_ptr(), of.sin.data_ptr(), ctypes.addressof(bounds),
+        *results, len(of.bounds) - 1, qkv.shape[1] // 3, of.root,
+    )  # fmt: skip
+    _needed(qkv).functions.saccade_ordered_segments(ctypes.byref(op))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _needed(*tensors: Tensor) -> Library:
+    library = _library(*tensors)
+    assert library is not None, "is_ordered() tells before"
+    return library
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a: [..., N, K]; b: [..., K, M], of as many dimensions. Returns [..., N, M] in their type."""
     if a.dtype != torch.bfloat16 or (library := _library(a, b)) is None:
@@ -101,7 +271,7 @@ def _multiply(library: Library, a: Tensor, b: Tensor, bias: Tensor | None, y: Te
     if a.stride(1) != 1:
         a = a.contiguous()
     bias = None if bias is None else bias.contiguous()
-    pointers = (a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
+    pointers = (a.data_ptr(), b.data_ptr(), None, _pointer(bias), y.data_ptr())
     sizes = (a.shape[0], b.shape[1], a.shape[1])
     op = _Product(*pointers, *sizes, a.stride(0), b.stride(0), b.stride(1))
     library.functions.saccade_ordered_product(ctypes.byref(op))

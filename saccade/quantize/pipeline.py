@@ -54,8 +54,9 @@ from saccade.quantize.forward import (
     tower_places,
 )
 from saccade.quantize.iterative_smooth import grouped_scales, smooth_scale
+from saccade.quantize.objectives import DecoderAttention, GateUp, Objective, TowerAttention
 from saccade.quantize.observers import Histogram, MeanMinMax, Observer, Spread
-from saccade.quantize.outlier_suppression import DecoderAttention, GateUp, Objective, TowerAttention, search
+from saccade.quantize.outlier_suppression import search
 from saccade.quantize.recipe import ExactRecipe
 from saccade.quantize.report import FILE_NAME, Cost, QuantizationReport, Verify, merged, to_json
 from saccade.quantize.report_page import PAGE_NAME, page

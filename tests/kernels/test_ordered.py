@@ -121,3 +121,74 @@ def test_gelu_is_rounded_once() -> None:
     exact = F.gelu(x.double())
     assert found.dtype == torch.bfloat16
     assert ((found.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-40).all()
+
+
+# --- what m2's search rounds and compares ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "depth"), [(1, 1, 1), (7, 33, 15), (100, 70, 129), (197, 40, 300), (3, 2200, 12)]
+)
+def test_products_with_panels_are_those_with_the_weight(isa: str, rows: int, outputs: int, depth: int) -> None:
+    x, weight = random(rows, depth + 3).bfloat16()[:, :depth], random(outputs, depth, seed=1).bfloat16()
+    panels = ordered.panels(weight)
+    assert torch.equal(ordered.product(x, panels), by_pairs(x, weight, None))
+    other = ordered.panels(-weight, out=panels)
+    assert other is panels
+    assert torch.equal(ordered.product(x, panels), by_pairs(x, -weight, None))
+
+
+@pytest.mark.parametrize("depth", [1, 15, 64, 133])
+def test_panels_round_as_torch_does(isa: str, depth: int) -> None:
+    weight, scale = random(37, depth, scale=0.1).bfloat16(), random(depth, seed=1).abs().add(1).bfloat16()
+    weight[5], weight[6] = 0, weight[6] * 1e-38
+    scaled = weight * scale
+    step = torch.maximum(scaled.abs().amax(1, keepdim=True) / 127.0, torch.tensor(2.0**-23).bfloat16())
+    expected = (scaled / step).round().clamp(-127, 127) * step
+    x = random(9, depth, seed=2).bfloat16()
+    assert torch.equal(ordered.product(x, ordered.panels(weight, scale)), by_pairs(x, expected, None))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 77])
+@pytest.mark.parametrize("step", [0.02, 0.5])
+def test_levels_are_those_of_torch(isa: str, columns: int, step: float) -> None:
+    x, scale = random(21, columns, scale=3).bfloat16(), random(columns, seed=1).abs().add(1).bfloat16()
+    step = torch.tensor(step).bfloat16().item()
+    expected = (x / scale / step).round_().add_(127.0).clamp_(0, 255).sub_(127.0).mul_(step)
+    assert torch.equal(ordered.levels(x, scale, step, 127.0), expected)
+
+
+@pytest.mark.parametrize("columns", [16, 50, 1024])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_distances_of_gate_and_up_are_those_of_torch(isa: str, columns: int, has_bias: bool) -> None:
+    both, exact = random(20, 2 * columns, scale=2).bfloat16(), random(20, columns, seed=1).bfloat16()
+    bias = random(2 * columns, seed=2).bfloat16() if has_bias else None
+    gate, up = (both if bias is None else both + bias).chunk(2, dim=-1)
+    expected = ordered.row_sums(((F.silu(gate) * up).float() - exact.float()).abs_().pow_(2.0))
+    assert torch.equal(ordered.gate_up_distances(both, bias, exact), expected)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80])
+def test_attention_within_segments_is_that_of_torch(isa: str, dim: int) -> None:
+    """Over all patches with a mask, of which segments are any part in any order."""
+    lengths, places = [64, 6, 230, 2], [128, 192, 202, 434]
+    total, rows = 440, [p + i for n, p in zip(lengths, places, strict=True) for i in range(n)]
+    angles = random(total, dim, seed=1)
+    qkv, exact = random(total, 3 * dim, scale=2).bfloat16(), random(total, dim, seed=2).bfloat16()
+    q, k, v = qkv.chunk(3, dim=1)
+    q, k = ((t.float() * angles.cos() + turned(t.float()) * angles.sin()).bfloat16() for t in (q, k))
+    mask = torch.full((total, total), torch.finfo(torch.bfloat16).min).bfloat16()
+    for length, place in zip(lengths, places, strict=True):
+        mask[place : place + length, place : place + length] = 0
+    logits = ordered.matmul(q.contiguous(), k.T) / 7.5 + mask
+    expected = ordered.matmul(ordered.softmax(logits).bfloat16(), v)[rows]
+    bounds = (0, 64, 70, 300, 302)
+    segments = ordered.Segments(angles.cos()[rows], angles.sin()[rows], bounds, 7.5)
+    assert torch.equal(ordered.segment_attention(qkv[rows], segments), expected)
+    distances = ordered.row_sums((expected - exact[rows]).abs_().pow_(2.0))
+    assert torch.equal(ordered.segment_distances(qkv[rows], segments, exact[rows]), distances)
+
+
+def turned(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)

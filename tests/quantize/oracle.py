@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.kernels import ordered
 from saccade.quantize.forward import rotate_half
-from saccade.quantize.outlier_suppression import DecoderAttention, GateUp, TowerAttention
+from saccade.quantize.objectives import DecoderAttention, GateUp, TowerAttention
 
 EPS = 1.1920929e-07
 Result = Callable[[Tensor], Tensor]  # x W^T -> what is compared

@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 
 from saccade.kernels import ordered
-from saccade.quantize import outlier_suppression
-from saccade.quantize.outlier_suppression import (
-    DecoderAttention,
-    GateUp,
-    Objective,
-    ScaledWeight,
-    TowerAttention,
-    fake_range,
-    scale_at,
-    search,
-    thresholds,
-)
+from saccade.quantize import outlier_suppression, trials
+from saccade.quantize.objectives import DecoderAttention, GateUp, Objective, TowerAttention
+from saccade.quantize.outlier_suppression import scale_at, search, thresholds
+from saccade.quantize.trials import ScaledWeight, fake_range
 from tests.quantize import oracle
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -74,18 +66,21 @@ def test_trying_candidates_with_fast_products_first_changes_no_winner(
         fast += 1
         return (a.float() @ b.float()).to(a.dtype)
 
-    monkeypatch.setattr(outlier_suppression, "has_fast_products", lambda dtype: False)
-    monkeypatch.setattr(outlier_suppression, "product_in_float32", counted)
+    monkeypatch.setattr(outlier_suppression, "trial", trials.WholeTrial)
+    monkeypatch.setattr(trials, "has_fast_products", lambda dtype: False)
+    monkeypatch.setattr(trials, "product_in_float32", counted)
     assert torch.equal(search(x, weight, objective), oracle.search(x, weight, result))
     assert fast
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bounds", [(0, 700), (0, 400, 700), tuple(range(0, 701, 28)), (0, 64, 128, 140, 700)])
+@pytest.mark.parametrize(
+    "bounds", [(0, 700), (0, 400, 700), tuple(range(0, 701, 28)), (0, 64, 128, 140, 700), (0, 640, 704, 708)]
+)
 def test_attention_by_pieces_has_the_bits_of_attention_at_once(bounds: tuple[int, ...], dtype: torch.dtype) -> None:
-    angles = torch.rand(700, 64, generator=torch.Generator().manual_seed(1)) * 30
+    angles = torch.rand(bounds[-1], 64, generator=torch.Generator().manual_seed(1)) * 30
     objective = TowerAttention(2, 56, angles.cos(), angles.sin(), bounds)
-    x, weight = activations(700, dtype), (torch.randn(3 * 2 * 64, H) * 0.1).to(dtype)
+    x, weight = activations(bounds[-1], dtype), (torch.randn(3 * 2 * 64, H) * 0.1).to(dtype)
     pieces = torch.stack(list(objective.pieces(x, weight)))
     assert torch.equal(pieces, oracle.tower_attention(objective)(ordered.matmul(x, weight.T)))
 

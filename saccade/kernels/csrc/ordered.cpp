@@ -13,10 +13,15 @@ constexpr int64_t ROWS = 12;  // whose sums fit the registers
 #else
 constexpr int64_t ROWS = 6;
 #endif
-constexpr int64_t COLUMNS = 2 * LANES;   // of a panel
-constexpr int64_t PIECE_OF_ROWS = 16;    // rows a thread takes at once
+constexpr int64_t COLUMNS = 2 * LANES;  // of a panel
+constexpr int64_t STEPS = 256;          // of a panel that stay in the nearest cache
+constexpr int64_t BLOCK = 96;           // rows that meet these before the next ones do
+constexpr int64_t PANELS = 64;          // that stay in a farther cache
+constexpr int64_t PIECE_OF_ROWS = 16;   // rows a thread takes at once
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline float wide(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -31,15 +36,46 @@ inline uint16_t narrow(float value) {
   return value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
+// As torch computes in bfloat16: in float32, each result rounded.
+inline Floats rounded(Floats v) { return (Floats)bf16_words(v); }
+
+// Halves to even, for |v| < 2^22; larger ones are off by a few.
+inline Floats whole(Floats v) { return v + splat(12582912.0f) - splat(12582912.0f); }
+
+inline Floats within(Floats v, float low, float high) { return smaller(splat(high), larger(splat(low), v)); }
+
+inline const Bf16* values(const uint16_t* bits) { return reinterpret_cast<const Bf16*>(bits); }
+inline Bf16* values(uint16_t* bits) { return reinterpret_cast<Bf16*>(bits); }
+
+// function(i, count): LANES of `count` at a time, the last time fewer.
+template <class Function>
+void each_vector(int64_t count, Function&& function) {
+  for (int64_t i = 0; i < count; i += LANES) function(i, least(count - i, LANES));
+}
+
+template <class T>
+inline Floats load_some(const T* at, int64_t count) { return count == LANES ? load(at) : load_first(at, count); }
+
+// v: in bfloat16 already.
+inline void store_some(uint16_t* at, Floats v, int64_t count) {
+  const Halves halves = upper((Words)v);
+  count == LANES ? memcpy(at, &halves, sizeof halves) : memcpy(at, &halves, count * sizeof *at);
+}
+
 // --- products --------------------------------------------------------------------------------------------------------
 
-// How factors lie: `steps` values for a row's depth, and what a value of a row and LANES values of a panel add to the sums.
+// How factors lie: `steps` values of 4 bytes for a row's depth; what a value of a row and LANES values of a panel add to the sums.
+
+inline float without_subnormals(float value) { return fabsf(value) < 1.17549435e-38f ? 0.0f : value; }
 
 // Column by column.
 struct InTurn {
   using Value = float;
   static int64_t steps(int64_t depth) { return depth; }
   static void put(float* row, int64_t stride, int64_t i, uint16_t bits) { row[i * stride] = wide(bits); }
+  static void fill(const uint16_t* from, int64_t depth, float* to) {
+    for (int64_t i = 0; i < depth; ++i) to[i] = wide(from[i]);
+  }
   static Floats add(Floats sums, float factor, const float* panel) { return fma(splat(factor), load(panel), sums); }
 };
 
@@ -52,6 +88,10 @@ struct ByPairs {
     uint32_t& pair = row[i / 2 * stride];
     pair = i % 2 ? (pair & 0xffff) | static_cast<uint32_t>(bits) << 16 : bits;
   }
+  static void fill(const uint16_t* from, int64_t depth, uint32_t* to) {
+    memcpy(to, from, depth / 2 * sizeof *to);
+    if (depth % 2) put(to, 1, depth - 1, from[depth - 1]);
+  }
   static Floats add(Floats sums, uint32_t factor, const uint32_t* panel) {
     return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(static_cast<int>(factor)),
                                     (__m512bh)_mm512_loadu_si512(panel));
@@ -62,33 +102,75 @@ struct ByPairs {
   using Value = float;
   static int64_t steps(int64_t depth) { return round_up(depth, 2); }
   static void put(float* row, int64_t stride, int64_t i, uint16_t bits) {
-    const float value = wide(bits);
-    row[(i ^ 1) * stride] = fabsf(value) < 1.17549435e-38f ? 0.0f : value;
+    row[(i ^ 1) * stride] = without_subnormals(wide(bits));
     if (i % 2 == 0) row[i * stride] = 0.0f;  // where there is no odd one
+  }
+  static void fill(const uint16_t* from, int64_t depth, float* to) {
+    for (int64_t i = 0; i + 1 < depth; i += 2) {
+      uint32_t pair;
+      memcpy(&pair, from + i, sizeof pair);
+      const uint64_t both = static_cast<uint64_t>(pair) << 48 | (pair & 0xffff0000u);
+      memcpy(to + i, &both, sizeof both);
+    }
+    for (int64_t i = 0; i < depth / 2 * 2; ++i) to[i] = without_subnormals(to[i]);
+    if (depth % 2) put(to, 1, depth - 1, from[depth - 1]);
   }
   static Floats add(Floats sums, float factor, const float* panel) { return InTurn::add(sums, factor, panel); }
 };
 #endif
 
-template <class Form>
-void fill_row(const uint16_t* from, int64_t depth, typename Form::Value* to) {
-  for (int64_t i = 0; i < depth; ++i) Form::put(to, 1, i, from[i]);
+// From one row of `steps` values to the next. Rows a power of two apart would take turns in one place of the cache.
+inline int64_t row_stride(int64_t steps) { return steps + 16; }
+
+// to[i, j] = from[j, i] for COLUMNS rows of words.
+template <class Word>
+void turn(const Word* from, int64_t stride, int64_t steps, Word* to) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 4 <= steps; i += 4)
+    for (int64_t j = 0; j < COLUMNS; j += 4) {
+      __m128 rows[4];
+      for (int64_t k = 0; k < 4; ++k) memcpy(&rows[k], from + (j + k) * stride + i, sizeof rows[k]);
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int64_t k = 0; k < 4; ++k) memcpy(to + (i + k) * COLUMNS + j, &rows[k], sizeof rows[k]);
+    }
+#endif
+  for (; i < steps; ++i)
+    for (int64_t j = 0; j < COLUMNS; ++j) to[i * COLUMNS + j] = from[j * stride + i];
 }
 
 // [steps, COLUMNS] of b's columns from `b` on; zeros beyond `count` of them.
 template <class Form>
-void fill_panel(const uint16_t* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count,
+void fill_panel(const uint16_t* b, int64_t b_row_stride, int64_t column_stride, int64_t depth, int64_t count,
                 typename Form::Value* panel) {
-  for (int64_t i = 0; i < depth; ++i)
+  if (b_row_stride == 1) {
+    const int64_t steps = Form::steps(depth), stride = row_stride(steps);
+    const size_t bytes = COLUMNS * stride * sizeof(typename Form::Value);
+    const auto rows = static_cast<typename Form::Value*>(scratch(SCRATCH_OTHER, bytes));
     for (int64_t j = 0; j < COLUMNS; ++j)
-      Form::put(panel + j, COLUMNS, i, j < count ? b[i * row_stride + j * column_stride] : 0);
+      if (j < count)
+        Form::fill(b + j * column_stride, depth, rows + j * stride);
+      else
+        memset(rows + j * stride, 0, steps * sizeof *rows);
+    return turn(rows, stride, steps, panel);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    const uint16_t* const row = b + i * b_row_stride;
+    if (column_stride == 1 && count == COLUMNS)
+      for (int64_t j = 0; j < COLUMNS; ++j) Form::put(panel + j, COLUMNS, i, row[j]);
+    else
+      for (int64_t j = 0; j < COLUMNS; ++j) Form::put(panel + j, COLUMNS, i, j < count ? row[j * column_stride] : 0);
+  }
 }
 
-// a: N rows; sums: [N, COLUMNS].
+// a: N rows; sums: [N, COLUMNS], begun here or before.
 template <class Form, int64_t N>
 void multiply_rows(const typename Form::Value* a, int64_t stride, const typename Form::Value* panel, int64_t steps,
-                   float* sums) {
+                   bool is_begun, float* sums) {
   Floats all[N][2] = {};
+  if (is_begun)
+    for (int64_t row = 0; row < N; ++row)
+      for (int64_t half = 0; half < 2; ++half) all[row][half] = load(sums + row * COLUMNS + half * LANES);
   for (int64_t i = 0; i < steps; ++i)
     for (int64_t row = 0; row < N; ++row)
       for (int64_t half = 0; half < 2; ++half)
@@ -97,19 +179,27 @@ void multiply_rows(const typename Form::Value* a, int64_t stride, const typename
     for (int64_t half = 0; half < 2; ++half) store(sums + row * COLUMNS + half * LANES, all[row][half]);
 }
 
+// The same for `rows` of them, at most N.
+template <class Form, int64_t N>
+void multiply_some(int64_t rows, const typename Form::Value* a, int64_t stride, const typename Form::Value* panel,
+                   int64_t steps, bool is_begun, float* sums) {
+  if (rows >= N) return multiply_rows<Form, N>(a, stride, panel, steps, is_begun, sums);
+  if constexpr (N > 1) multiply_some<Form, N - 1>(rows, a, stride, panel, steps, is_begun, sums);
+}
+
 // function(row, sums) for each of a's rows with the COLUMNS of the panel.
 template <class Form, class Function>
 void multiply(const typename Form::Value* a, int64_t stride, int64_t rows, const typename Form::Value* panel,
               int64_t steps, Function&& function) {
-  float sums[ROWS * COLUMNS];
-  int64_t row = 0;
-  for (; row + ROWS <= rows; row += ROWS) {
-    multiply_rows<Form, ROWS>(a + row * stride, stride, panel, steps, sums);
-    for (int64_t i = 0; i < ROWS; ++i) function(row + i, sums + i * COLUMNS);
-  }
-  for (; row < rows; ++row) {
-    multiply_rows<Form, 1>(a + row * stride, stride, panel, steps, sums);
-    function(row, sums);
+  float sums[BLOCK * COLUMNS];
+  for (int64_t first = 0; first < rows; first += BLOCK) {
+    const int64_t some = least(rows - first, BLOCK);
+    if (steps == 0) memset(sums, 0, sizeof sums);
+    for (int64_t step = 0; step < steps; step += STEPS)
+      for (int64_t row = 0; row < some; row += ROWS)
+        multiply_some<Form, ROWS>(some - row, a + (first + row) * stride + step, stride, panel + step * COLUMNS,
+                                  least(steps - step, STEPS), step > 0, sums + row * COLUMNS);
+    for (int64_t row = 0; row < some; ++row) function(first + row, sums + row * COLUMNS);
   }
 }
 
@@ -237,20 +327,36 @@ float sum_row(const uint16_t* x, int64_t count) {
   return cascaded<VECTOR>(vectors, vectors * 2 * VECTOR, count, at, [&](int64_t i) { return wide(x[i]); });
 }
 
-// y: [count]. One vector of sums; a row shorter than it is summed in order.
-void softmax_row(const float* x, float* y, int64_t count, int64_t lanes) {
-  float top = x[0];
-  for (int64_t i = 1; i < count; ++i) top = x[i] > top ? x[i] : top;
+// y = e^(x - the largest).
+void exponentials(const float* x, float* y, int64_t count) {
+  Floats tops = splat(x[0]);
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(y + i, fine_exp(load(x + i) - splat(top)));
+  for (; i + LANES <= count; i += LANES) tops = larger(tops, load(x + i));
+  float top = largest(tops);
+  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
+  for (i = 0; i + LANES <= count; i += LANES) store(y + i, fine_exp(load(x + i) - splat(top)));
   if (i < count) store_first(y + i, fine_exp(load_first(x + i, count - i) - splat(top)), count - i);
-  float sums[16] = {}, sum = 0.0f;
+}
+
+// By one vector of sums. In which of its lanes y begins makes no difference: folding pairs them all round.
+template <int64_t VECTOR>
+float lane_sum(const float* y, int64_t count) {
+  float sums[VECTOR] = {};
+  int64_t i = 0;
+  for (; i + VECTOR <= count; i += VECTOR)
+    for (int64_t j = 0; j < VECTOR; ++j) sums[j] += y[i + j];
+  for (int64_t j = 0; i < count; ++i, ++j) sums[j] += y[i];
+  return folded(sums, VECTOR);
+}
+
+// y: [count]. A row shorter than a vector is summed in order.
+void softmax_row(const float* x, float* y, int64_t count, int64_t lanes) {
+  exponentials(x, y, count);
+  float sum = 0.0f;
   if (count < lanes) {
     for (int64_t i = 0; i < count; ++i) sum += y[i];
   } else {
-    for (int64_t first = 0; first < count; first += lanes)
-      for (int64_t i = 0; i < lanes && first + i < count; ++i) sums[i] += y[first + i];
-    sum = folded(sums, lanes);
+    sum = lanes == 16 ? lane_sum<16>(y, count) : lane_sum<8>(y, count);
   }
   const float part = 1.0f / sum;
   for (int64_t i = 0; i < count; ++i) y[i] *= part;
@@ -263,6 +369,116 @@ void each_row(int64_t rows, Function&& function) {
     for (int64_t piece; (piece = pieces.next()) >= 0;)
       for (int64_t row = piece * PIECE_OF_ROWS; row < rows && row < (piece + 1) * PIECE_OF_ROWS; ++row) function(row);
   });
+}
+
+// --- what m2's search rounds and compares ----------------------------------------------------------------------------
+
+// y = w c in 255 levels and back, the row's largest at the outermost.
+void round_weight(const uint16_t* w, const uint16_t* c, int64_t count, uint16_t* y) {
+  Floats largest_of = {};
+  each_vector(count, [&](int64_t i, int64_t some) {
+    const Floats v = rounded(load_some(values(w + i), some) * load_some(values(c + i), some));
+    largest_of = larger(largest_of, (Floats)((Words)v & 0x7fffffffu));
+    store_some(y + i, v, some);
+  });
+  const float share = wide(narrow(largest(largest_of) / 127.0f));
+  const Floats step = splat(share < 0x1p-23f ? 0x1p-23f : share);
+  each_vector(count, [&](int64_t i, int64_t some) {
+    const Floats level = within(whole(rounded(load_some(values(y + i), some) / step)), -127.0f, 127.0f);
+    store_some(y + i, rounded(level * step), some);
+  });
+}
+
+// Squared distance of a row of silu(gate) * up to `exact`. squares: [columns] to work in.
+float gate_up_distance(const SaccadeOrderedGateUp& op, int64_t row, float* squares) {
+  const uint16_t *const gate = op.both + row * 2 * op.columns, *const up = gate + op.columns;
+  const uint16_t* const exact = op.exact + row * op.columns;
+  each_vector(op.columns, [&](int64_t i, int64_t some) {
+    Floats g = load_some(values(gate + i), some), u = load_some(values(up + i), some);
+    if (op.bias) {
+      g = rounded(g + load_some(values(op.bias + i), some));
+      u = rounded(u + load_some(values(op.bias + op.columns + i), some));
+    }
+    const Words bits = (Words)g >> 16;
+    uint16_t found[LANES];
+    for (int j = 0; j < LANES; ++j) found[j] = op.silu[bits[j]];
+    const Floats off = rounded(load(values(found)) * u) - load_some(values(exact + i), some);
+    store_first(squares + i, off * off, some);
+  });
+  return sum_row<16>(squares, op.columns);
+}
+
+// Patches of one segment, from `first` on, attend to all of it.
+struct SegmentBlock {
+  const SaccadeOrderedSegments& op;
+  const uint16_t *q, *k;  // [rows, head_dim], rotated
+  int64_t start, end, first, rows;
+  using Value = ByPairs::Value;
+
+  void run() const {
+    const int64_t count = end - start, depth = op.head_dim, width = round_up(count, COLUMNS);
+    const int64_t steps = ByPairs::steps(depth), stride = row_stride(steps);
+    const int64_t weight_steps = ByPairs::steps(count), weight_stride = row_stride(weight_steps);
+    const auto floats = [](Scratch slot, int64_t of) { return static_cast<float*>(scratch(slot, of * sizeof(float))); };
+    const auto queries = static_cast<Value*>(scratch(SCRATCH_INPUT, rows * stride * sizeof(Value)));
+    float* const logits = floats(SCRATCH_SUMS, rows * width);
+    for (int64_t row = 0; row < rows; ++row) ByPairs::fill(q + (first + row) * depth, depth, queries + row * stride);
+    const auto panel = static_cast<Value*>(
+        scratch(SCRATCH_PANEL, (weight_steps > steps ? weight_steps : steps) * COLUMNS * sizeof(Value)));
+    for (int64_t column = 0; column < count; column += COLUMNS) {
+      fill_panel<ByPairs>(k + (start + column) * depth, 1, depth, depth, least(count - column, COLUMNS), panel);
+      multiply<ByPairs>(queries, stride, rows, panel, steps, [&](int64_t row, const float* sums) {
+        for (int64_t i = 0; i < COLUMNS; i += LANES)
+          store(logits + row * width + column + i, rounded(rounded(load(sums + i)) / splat(op.root)));
+      });
+    }
+    const auto weights = static_cast<Value*>(scratch(SCRATCH_ROWS, rows * weight_stride * sizeof(Value)));
+    for (int64_t row = 0; row < rows; ++row) weigh(logits + row * width, count, weights + row * weight_stride);
+    const auto out = reinterpret_cast<uint16_t*>(logits);  // whose place is free again
+    for (int64_t column = 0; column < depth; column += COLUMNS) {
+      const int64_t some = least(depth - column, COLUMNS);
+      const uint16_t* const v = op.qkv + start * 3 * depth + 2 * depth + column;
+      fill_panel<ByPairs>(v, 3 * depth, 1, count, some, panel);
+      multiply<ByPairs>(weights, weight_stride, rows, panel, weight_steps, [&](int64_t row, const float* sums) {
+        each_vector(some, [&](int64_t i, int64_t few) {
+          store_some(out + row * depth + column + i, rounded(load(sums + i)), few);
+        });
+      });
+    }
+    if (op.y) memcpy(op.y + first * depth, out, rows * depth * sizeof *out);
+    if (op.distances)
+      for (int64_t row = 0; row < rows; ++row) op.distances[first + row] = distance(out + row * depth, first + row);
+  }
+
+  // Logits become weights; they are rounded where the logits were.
+  void weigh(float* x, int64_t count, Value* to) const {
+    exponentials(x, x, count);
+    const float part = 1.0f / lane_sum<16>(x, count);
+    const auto narrowed = reinterpret_cast<uint16_t*>(x);
+    each_vector(count, [&](int64_t i, int64_t some) {
+      store_some(narrowed + i, rounded(load_some(x + i, some) * splat(part)), some);
+    });
+    ByPairs::fill(narrowed, count, to);
+  }
+
+  float distance(uint16_t* y, int64_t row) const {
+    each_vector(op.head_dim, [&](int64_t i, int64_t some) {
+      const Floats exact = load_some(values(op.exact + row * op.head_dim + i), some);
+      const Floats off = rounded(load_some(values(y + i), some) - exact);
+      store_some(y + i, rounded(off * off), some);
+    });
+    return sum_row<16>(y, op.head_dim);
+  }
+};
+
+// y = x cos + (x turned by half) sin
+void rotate(const uint16_t* x, const float* cos, const float* sin, int64_t count, uint16_t* y) {
+  const int64_t half = count / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = wide(x[i]), high = wide(x[half + i]);
+    y[i] = narrow(low * cos[i] + -high * sin[i]);
+    y[half + i] = narrow(high * cos[half + i] + low * sin[half + i]);
+  }
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
@@ -289,7 +505,7 @@ struct QueryBlock {
     for (int64_t row = 0; row < rows; ++row) {
       tops[row] = -INFINITY;
       sums[row] = 0.0f;
-      fill_row<InTurn>(at(op.q, first + row), depth, queries + row * depth);
+      InTurn::fill(at(op.q, first + row), depth, queries + row * depth);
     }
     for (int64_t key = 0; key < first + rows; key += KEYS) {
       const int64_t count = op.tokens - key < KEYS ? op.tokens - key : KEYS;
@@ -356,24 +572,112 @@ struct QueryBlock {
 
 }  // namespace
 
+void ordered_panels(const SaccadeOrderedPanels& op) {
+  const int64_t steps = ByPairs::steps(op.depth);
+  Pieces pieces((op.columns + COLUMNS - 1) / COLUMNS);
+  *op.bytes = (op.columns + COLUMNS - 1) / COLUMNS * COLUMNS * steps * sizeof(ByPairs::Value);
+  if (!op.panels) return;
+  parallel([&](int, int) {
+    const auto row = static_cast<uint16_t*>(scratch(SCRATCH_ROWS, COLUMNS * op.depth * sizeof(uint16_t)));
+    for (int64_t piece; (piece = pieces.next()) >= 0;) {
+      const int64_t first = piece * COLUMNS, count = least(op.columns - first, COLUMNS);
+      const uint16_t* from = op.weight + first * op.depth;
+      if (op.scale) {
+        for (int64_t j = 0; j < count; ++j) round_weight(from + j * op.depth, op.scale, op.depth, row + j * op.depth);
+        from = row;
+      }
+      fill_panel<ByPairs>(from, 1, op.depth, op.depth, count, static_cast<ByPairs::Value*>(op.panels) + first * steps);
+    }
+  });
+}
+
+namespace {
+
+// b's columns from one panel to another as panels.
+const ByPairs::Value* panels_of(const SaccadeOrderedProduct& op, int64_t first, int64_t count) {
+  const int64_t steps = ByPairs::steps(op.depth);
+  if (op.panels) return static_cast<const ByPairs::Value*>(op.panels) + first * COLUMNS * steps;
+  const auto panels = static_cast<ByPairs::Value*>(
+      scratch(SCRATCH_PANEL, count * COLUMNS * steps * sizeof(ByPairs::Value)));
+  Pieces pieces(count);
+  parallel([&](int, int) {
+    for (int64_t piece; (piece = pieces.next()) >= 0;) {
+      const int64_t column = (first + piece) * COLUMNS;
+      fill_panel<ByPairs>(op.b + column * op.b_column_stride, op.b_row_stride, op.b_column_stride, op.depth,
+                          least(op.columns - column, COLUMNS), panels + piece * COLUMNS * steps);
+    }
+  });
+  return panels;
+}
+
+}  // namespace
+
 void ordered_product(const SaccadeOrderedProduct& op) {
   using Value = ByPairs::Value;
-  const int64_t steps = ByPairs::steps(op.depth);
-  const auto a = static_cast<Value*>(scratch(SCRATCH_INPUT, op.rows * steps * sizeof(Value)));
-  each_row(op.rows, [&](int64_t row) { fill_row<ByPairs>(op.a + row * op.a_stride, op.depth, a + row * steps); });
-  Pieces pieces((op.columns + COLUMNS - 1) / COLUMNS);
+  const int64_t steps = ByPairs::steps(op.depth), stride = row_stride(steps);
+  const auto a = static_cast<Value*>(scratch(SCRATCH_INPUT, op.rows * stride * sizeof(Value)));
+  each_row(op.rows, [&](int64_t row) { ByPairs::fill(op.a + row * op.a_stride, op.depth, a + row * stride); });
+  const int64_t all = (op.columns + COLUMNS - 1) / COLUMNS, blocks = (op.rows + BLOCK - 1) / BLOCK;
+  for (int64_t start = 0; start < all; start += PANELS) {
+    const int64_t some = least(all - start, PANELS);
+    const Value* const panels = panels_of(op, start, some);
+    Pieces pieces(blocks * some);
+    parallel([&](int, int) {
+      for (int64_t piece; (piece = pieces.next()) >= 0;) {
+        const int64_t first = (start + piece % some) * COLUMNS, top = piece / some * BLOCK;
+        const int64_t count = least(op.columns - first, COLUMNS);
+        const Value* const panel = panels + piece % some * COLUMNS * steps;
+        multiply<ByPairs>(a + top * stride, stride, least(op.rows - top, BLOCK), panel, steps,
+                          [&](int64_t row, float* sums) {
+                            if (op.bias)
+                              for (int64_t i = 0; i < count; ++i) sums[i] += wide(op.bias[first + i]);
+                            each_vector(count, [&](int64_t i, int64_t some) {
+                              store_some(op.y + (top + row) * op.columns + first + i, rounded(load(sums + i)), some);
+                            });
+                          });
+      }
+    });
+  }
+}
+
+void ordered_levels(const SaccadeOrderedLevels& op) {
+  const Floats step = splat(op.step), zero = splat(op.zero);
+  each_row(op.rows, [&](int64_t row) {
+    const int64_t at = row * op.columns;
+    each_vector(op.columns, [&](int64_t i, int64_t some) {
+      const Floats x = rounded(load_some(values(op.x + at + i), some) / load_some(values(op.scale + i), some));
+      const Floats level = within(rounded(whole(rounded(x / step)) + zero), 0.0f, 255.0f);
+      store_some(op.y + at + i, rounded(rounded(level - zero) * step), some);
+    });
+  });
+}
+
+void ordered_gate_up(const SaccadeOrderedGateUp& op) {
+  each_row(op.rows, [&](int64_t row) {
+    const auto squares = static_cast<float*>(scratch(SCRATCH_SUMS, op.columns * sizeof(float)));
+    op.distances[row] = gate_up_distance(op, row, squares);
+  });
+}
+
+void ordered_segments(const SaccadeOrderedSegments& op) {
+  const int64_t rows = op.bounds[op.num_segments], depth = op.head_dim;
+  const auto q = static_cast<uint16_t*>(scratch(SCRATCH_ATTENTION, 2 * rows * depth * sizeof(uint16_t)));
+  uint16_t* const k = q + rows * depth;
+  each_row(rows, [&](int64_t row) {
+    const uint16_t* const of = op.qkv + row * 3 * depth;
+    rotate(of, op.cos + row * depth, op.sin + row * depth, depth, q + row * depth);
+    rotate(of + depth, op.cos + row * depth, op.sin + row * depth, depth, k + row * depth);
+  });
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < op.num_segments; ++i) blocks += (op.bounds[i + 1] - op.bounds[i] + BLOCK - 1) / BLOCK;
+  Pieces pieces(blocks);
   parallel([&](int, int) {
-    const auto panel = static_cast<Value*>(scratch(SCRATCH_PANEL, steps * COLUMNS * sizeof(Value)));
+    int64_t segment = 0, passed = 0;  // pieces of earlier segments
     for (int64_t piece; (piece = pieces.next()) >= 0;) {
-      const int64_t first = piece * COLUMNS;
-      const int64_t count = op.columns - first < COLUMNS ? op.columns - first : COLUMNS;
-      const uint16_t* const b = op.b + first * op.b_column_stride;
-      fill_panel<ByPairs>(b, op.b_row_stride, op.b_column_stride, op.depth, count, panel);
-      multiply<ByPairs>(a, steps, op.rows, panel, steps, [&](int64_t row, const float* sums) {
-        uint16_t* const y = op.y + row * op.columns + first;
-        for (int64_t i = 0; i < count; ++i)
-          y[i] = narrow(op.bias ? sums[i] + wide(op.bias[first + i]) : sums[i]);
-      });
+      const auto of_segment = [&] { return (op.bounds[segment + 1] - op.bounds[segment] + BLOCK - 1) / BLOCK; };
+      while (piece >= passed + of_segment()) passed += of_segment(), ++segment;
+      const int64_t start = op.bounds[segment], end = op.bounds[segment + 1], first = start + (piece - passed) * BLOCK;
+      SegmentBlock{op, q, k, start, end, first, least(end - first, BLOCK)}.run();
     }
   });
 }

@@ -13,11 +13,53 @@ extern "C" {
 // y = a b + bias, in bfloat16. Sums go two columns at a time, as vdpbf16ps adds them: the odd one, then the even one.
 struct SaccadeOrderedProduct {
   const uint16_t* a;     // [rows, depth]
-  const uint16_t* b;     // [depth, columns]
+  const uint16_t* b;     // [depth, columns], or null where there are panels
+  const void* panels;    // of b, from SaccadeOrderedPanels, or null
   const uint16_t* bias;  // [columns] or null
   uint16_t* y;           // [rows, columns]
   int64_t rows, columns, depth;
   int64_t a_stride, b_row_stride, b_column_stride;
+};
+
+// The rows of a weight as a product's panels. `scale`: each is first multiplied by it, then rounded to its 255 levels and back, as
+// quantize/outlier_suppression.py does in bfloat16.
+struct SaccadeOrderedPanels {
+  const uint16_t* weight;  // [columns, depth]
+  const uint16_t* scale;   // [depth] or null
+  void* panels;            // as many bytes as a call with null says
+  int64_t* bytes;
+  int64_t columns, depth;
+};
+
+// y = x / scale in 256 levels of width `step` and back, each operation rounded to bfloat16. All are [rows, columns], scale [columns].
+struct SaccadeOrderedLevels {
+  const uint16_t *x, *scale;
+  uint16_t* y;
+  int64_t rows, columns;
+  float step, zero;
+};
+
+// Squared distances of rows of silu(gate) * up to what they are exactly, in float32. bias is added to gate and up before, if any.
+struct SaccadeOrderedGateUp {
+  const uint16_t* both;   // [rows, 2 columns]
+  const uint16_t* bias;   // [2 columns] or null
+  const uint16_t* silu;   // [65536]: of each number of bfloat16
+  const uint16_t* exact;  // [rows, columns]
+  float* distances;       // [rows]
+  int64_t rows, columns;
+};
+
+// One head's attention within segments, in bfloat16: a row's squared distance to what it is exactly, or the row itself.
+// Rotation in float32; logits over `root`. Segments lie one after the other from row 0 on.
+struct SaccadeOrderedSegments {
+  const uint16_t* qkv;     // [rows, 3, head_dim]
+  const float *cos, *sin;  // [rows, head_dim]
+  const int64_t* bounds;   // [num_segments + 1], even
+  const uint16_t* exact;   // [rows, head_dim]
+  uint16_t* y;             // [rows, head_dim] or null
+  float* distances;        // [rows] or null; before they are rounded to bfloat16
+  int64_t num_segments, head_dim;
+  float root;
 };
 
 // Causal attention of one sequence in bfloat16, scaled by the root of D: torch's flash attention. All are [heads, tokens, D].
@@ -42,6 +84,10 @@ struct SaccadeOrderedRows {
 namespace saccade {
 
 SACCADE_KERNEL(ordered_product, const SaccadeOrderedProduct&)
+SACCADE_KERNEL(ordered_panels, const SaccadeOrderedPanels&)
+SACCADE_KERNEL(ordered_levels, const SaccadeOrderedLevels&)
+SACCADE_KERNEL(ordered_gate_up, const SaccadeOrderedGateUp&)
+SACCADE_KERNEL(ordered_segments, const SaccadeOrderedSegments&)
 SACCADE_KERNEL(ordered_attention, const SaccadeOrderedAttention&)
 SACCADE_KERNEL(ordered_sum, const SaccadeOrderedRows&)
 SACCADE_KERNEL(ordered_softmax, const SaccadeOrderedRows&)

@@ -93,17 +93,22 @@ inline Words bf16_words(Floats v) {
   return (v == v ? rounded : Words{} + 0x7fc00000u) & 0xffff0000u;
 }
 
-// The same; but the processor's own instruction makes zeros of numbers below 2^-126.
-inline Halves to_bf16(Floats v) {
-#if defined(__AVX512BF16__)
-  return (Halves)_mm512_cvtneps_pbh((__m512)v);
-#else
-  const Words high = bf16_words(v) >> 16;
+// The upper half of each word.
+inline Halves upper(Words words) {
+  const Words high = words >> 16;
 #if SACCADE_LANES == 8 && defined(__AVX2__)
   return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)high), _mm256_extracti128_si256((__m256i)high, 1));
 #else
   return __builtin_convertvector(high, Halves);
 #endif
+}
+
+// v to the nearest of bfloat16, as above; but the processor's own instruction makes zeros of numbers below 2^-126.
+inline Halves to_bf16(Floats v) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return upper(bf16_words(v));
 #endif
 }
 

@@ -36,9 +36,9 @@ LIBRARY = load()
 if isinstance(LIBRARY, str):
     pytest.skip(LIBRARY, allow_module_level=True)
 
-INTEGER = [W8A8, W8A8_DYNAMIC, W4A8[32], W4A8[128]]
+INTEGER = [W8A8, W8A8_DYNAMIC, W4A8[32], W4A8[64], W4A8[128], W4A8[256]]
 FLOATING = [DENSE, W8A16, W4A16[32], W4A16[128], W4A16_ASYM[32], W4A16_ASYM[128], FP8, W4A8_FLOAT[32]]
-ROWS = [1, 3, 4, 9, 129]
+ROWS = [1, 3, 4, 7, 9, 129]
 BY_ROW = [(1, 1), (33, 65), (12, 3420), (130, 128)]  # outputs and columns, odd ones among them
 BY_GROUP = [(33, 256), (130, 512), (3, 2816)]
 
@@ -148,14 +148,16 @@ def test_no_rows_and_rows_that_lie_apart(kernels: Kernels, scheme: Scheme) -> No
         assert torch.equal(kernels.linear(x, weight), kernels.linear(x.contiguous(), weight))
 
 
-@pytest.mark.parametrize("low", [-128, -8])
-def test_the_extremes_are_exact(kernels: Kernels, low: int) -> None:
+@pytest.mark.parametrize(("low", "group_size"), [(-128, None), (-8, 32), (-8, 64), (-8, 128), (-8, 256), (7, 256)])
+def test_the_extremes_are_exact(kernels: Kernels, low: int, group_size: int | None) -> None:
     """29,568 columns is the widest layer of the published models; -8 times a group scale of 16 is -128."""
-    columns = 29_568
-    scheme, scale = (W8A8, None) if low == -128 else (W4A8[32], torch.full((18, columns // 32), 16, dtype=torch.int8))
+    columns = 29_568 if group_size in (None, 32) else 29_696
     whole = torch.full((18, columns), low, dtype=torch.int8)
+    scheme, scale = W8A8, None
+    if group_size is not None:
+        scheme, scale = W4A8[group_size], torch.full((18, columns // group_size), 16, dtype=torch.int8)
     static = Static(torch.ones(1), torch.zeros(1), torch.zeros(18, dtype=torch.int32), torch.ones(18))
-    for value, rows in itertools.product((-128.0, 127.0), (1, 3, 17)):
+    for value, rows in itertools.product((-128.0, 127.0), (1, 3, 8, 17)):
         x = torch.full((rows, columns), value)
         if scheme is W8A8:
             got = kernels.linear(x, Weight(whole, torch.ones(18), None, scheme, static=static))
@@ -214,6 +216,17 @@ def test_of_many_rows_each_has_the_bits_it_has_among_others(kernels: Kernels, sc
         whole = kernels.linear(x, weight)
         for first, last in ((0, 9), (3, 40), (rows - 30, rows)):
             assert torch.equal(kernels.linear(x[first:last], weight), whole[first:last]), (columns, first, last)
+
+
+@pytest.mark.parametrize("scheme", [DENSE, W8A8_DYNAMIC, W4A8[64], W4A8[256]], ids=name)
+def test_of_few_rows_each_has_the_bits_it_has_alone(kernels: Kernels, scheme: Scheme) -> None:
+    """8 rows of 6,656 columns fit no first-level cache, 3 of 768 do."""
+    for columns in (768, 6656):
+        weight = random_weight(scheme, 600, columns, torch.bfloat16)
+        x = random(8, columns).bfloat16()
+        alone = torch.cat([kernels.linear(x[row : row + 1], weight) for row in range(8)])
+        for rows in range(2, 9):
+            assert torch.equal(kernels.linear(x[:rows], weight), alone[:rows]), (columns, rows)
 
 
 def test_an_op_can_be_given_back_to_the_reference() -> None:

@@ -18,12 +18,18 @@ constexpr bool IS_BFLOAT16<BFloat16> = true;
 #if defined(__AVX512BF16__)
 using DenseFew = DensePairs;
 #else
-using DenseFew = Wide<BFloat16>;
+using DenseFew = WideHalves;
 #endif
 
 template <class T>
 void nibbles_by_rows(const LinearCall& call) {
   const bool is_fine = call.layer.group_size < PACKED_COLUMNS, has_zeros = call.layer.zero != nullptr;
+#if defined(SACCADE_PAIRS)
+  if (call.layer.scheme == SACCADE_W4A8 && call.layer.group_size >= 4 * PACKED_COLUMNS)
+    return multiply_by_rows<T, NibbleVectors<4>>(call);
+  if (call.layer.scheme == SACCADE_W4A8 && call.layer.group_size >= 2 * PACKED_COLUMNS)
+    return multiply_by_rows<T, NibbleVectors<2>>(call);
+#endif
   if (call.layer.scheme == SACCADE_W4A8)
     return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
   const T* x = static_cast<const T*>(call.x);
@@ -54,7 +60,7 @@ template <class T>
 void linear_of(const LinearCall& call) {
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
-    case SACCADE_W8A16: return multiply_by_rows<T, Wide<int8_t>>(call);
+    case SACCADE_W8A16: return multiply_by_rows<T, WideBytes>(call);
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_rows<T, Bytes>(call);
     case SACCADE_W4A16:

@@ -149,9 +149,7 @@ struct EachRun {
 #pragma GCC unroll 8
           for (int v = 0; v < VECTORS; ++v) {
             pairs[r][v] = add_pairs(pairs[r][v], multiply_pairs((Int8)row, columns[v]));
-#if !defined(SACCADE_EMULATED)  // whose vectors fit no register
-            asm("" : "+x"(pairs[r][v]));  // now, in a register: else products are made far ahead of their sums, which end up in memory
-#endif
+            in_register(pairs[r][v]);
           }
         }
       }

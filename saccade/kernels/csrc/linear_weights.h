@@ -93,6 +93,15 @@ struct Bytes : RowMajor<int8_t, Integers> {
   static Left end(const int8_t* from, int64_t count, Group) { return left(load_part(from, count)); }
 };
 
+#if defined(SACCADE_PAIRS)
+template <int M>
+void add_products(const Bytes&, Sum (&sum)[M], const int8_t* from, const Bytes::Group&, const int16_t* x) {
+  const Left w = M <= 2 ? left(load(from)) : load_left(from);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sum[m] = multiply_add(sum[m], w, Bytes::input(x + m * Bytes::VALUES));
+}
+#endif
+
 // What the 16 nibbles stand for (two's complement: nibble 9 is -7) times each scale a group may have, and OFFSET more.
 template <int OFFSET>
 struct NibbleTables {
@@ -148,6 +157,41 @@ struct Nibbles : NibbleRows<Integers> {
     return split(load_packed_part(from, count), scale);
   }
 };
+
+// VECTORS of nibbles at once, whose group is the same: up to 4, which add 8 products of pairs up in 16 bits.
+template <int64_t VECTORS>
+struct NibbleVectors : Nibbles<false> {
+  static_assert(VECTORS <= 4);
+  using Nibbles::Nibbles;
+  static constexpr int PARTS = 1;
+  static constexpr int64_t STEP = VECTORS * PACKED_COLUMNS, ADVANCE = STEP / 2, VALUES = VECTORS;
+  static void arrange(WholeBlock* x, int64_t count) {  // the first block's start is that of all
+    for (int64_t column = 0; column < count; column += STEP, x += VECTORS)
+      for (int64_t v = 1; v < VECTORS; ++v)
+        for (int64_t i = 0; i < BYTES / 2; ++i) x->start[i] = static_cast<int16_t>(x->start[i] + x[v].start[i]);
+  }
+};
+
+template <int M, int64_t VECTORS>
+void add_products(const NibbleVectors<VECTORS>&, Sum (&sum)[M], const uint8_t* from, const Int8& scale, const WholeBlock* x) {
+  Int8 pairs[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) pairs[m] = load(x[m * VECTORS].start);
+#pragma GCC unroll 4
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    const PairsLeft w = Nibbles<false>::at(from + v * BYTES, scale);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const WholeBlock& block = x[m * VECTORS + v];
+      pairs[m] = add_pairs(pairs[m], multiply_pairs(w.low, load(block.values[0])));
+      in_register(pairs[m]);
+      pairs[m] = add_pairs(pairs[m], multiply_pairs(w.high, load(block.values[1])));
+      in_register(pairs[m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sum[m] = multiply_words(sum[m], pairs[m], scale);
+}
 
 #else
 
@@ -217,14 +261,42 @@ struct Floats {
   static Right input(const float* x) { return load(x); }
 };
 
-// V: int8_t for w8a16, BFloat16 for dense.
-template <class V>
-struct Wide : RowMajor<V, Floats> {
-  using RowMajor<V, Floats>::RowMajor;
-  using typename RowMajor<V, Floats>::Group;
-  static Float at(const V* from, Group) { return widen(from); }
-  static Float end(const V* from, int64_t count, Group) { return widen_part(from, count); }
+// For w8a16.
+struct WideBytes : RowMajor<int8_t, Floats> {
+  using RowMajor::RowMajor;
+  static Float at(const int8_t* from, Group) { return widen(from); }
+  static Float end(const int8_t* from, int64_t count, Group) { return widen_part(from, count); }
 };
+
+// A vector of bfloat16 is widened where it lies: the even ones by a shift, the odd ones by a mask. x is put into that order.
+struct WideHalves : RowMajor<BFloat16, Floats> {
+  using RowMajor::RowMajor;
+  using Sum = TwoFloats;
+  using Right = const float*;
+  static constexpr int STEP = BYTES / 2, PARTS = 1;
+  static constexpr int64_t ADVANCE = STEP, VALUES = STEP;
+  static Sum zero() { return {zero_float(), zero_float()}; }
+  static Right input(const float* x) { return x; }
+  static void arrange(float* x, int64_t count) {
+    for (int64_t column = 0; column < count; column += STEP, x += STEP) {
+      float block[STEP];
+      memcpy(block, x, sizeof block);
+      for (int i = 0; i < FLOATS; ++i) {
+        x[i] = block[2 * i];
+        x[FLOATS + i] = block[2 * i + 1];
+      }
+    }
+  }
+  static TwoFloats widened(Int8 halves) { return {widen_even(halves), widen_odd(halves)}; }
+  static TwoFloats at(const BFloat16* from, Group) { return widened(load(reinterpret_cast<const int8_t*>(from))); }
+  static TwoFloats end(const BFloat16* from, int64_t count, Group) {
+    return widened(load_part(reinterpret_cast<const int8_t*>(from), 2 * count));
+  }
+};
+
+inline TwoFloats multiply_add(TwoFloats sum, const TwoFloats& w, const float* x) {
+  return {multiply_add(sum.even, w.even, load(x)), multiply_add(sum.odd, w.odd, load(x + FLOATS))};
+}
 
 struct WideLeft {
   Float values[RUN / FLOATS];

@@ -14,6 +14,20 @@
 
 namespace saccade::SACCADE_ISA {
 
+// Makes a value now, in a register: else compilers make products far ahead of their sums, which end up in memory.
+template <class V>
+inline void in_register(V& value) {
+#if defined(SACCADE_EMULATED)  // whose vectors fit no register
+  (void)value;
+#elif defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
 #if defined(__AVX512BW__)
 
 constexpr int BYTES = 64;
@@ -26,6 +40,7 @@ inline Int8 load_part(const int8_t* p, int64_t count) {  // zeros beyond count
   return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - count), p);
 }
 inline Sum zero_sum() { return _mm512_setzero_si512(); }
+inline Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
 inline int32_t total(Sum sum) { return _mm512_reduce_add_epi32(sum); }
 
 inline Int8 low_nibbles(Int8 packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
@@ -60,6 +75,10 @@ using Right = Left;
 inline Left left(Int8 w) {
   return {_mm512_cvtepi8_epi16(_mm512_castsi512_si256(w)), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(w, 1))};
 }
+inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheaper than taking a vector apart, but twice the loads
+  const auto half = [&](int i) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i)); };
+  return {half(0), half(1)};
+}
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm512_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm512_add_epi16(a, b); }
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm512_sub_epi16(a, b); }
@@ -91,10 +110,18 @@ inline Int8 load_part(const int8_t* p, int64_t count) {
   return load(whole);
 }
 inline Sum zero_sum() { return _mm256_setzero_si256(); }
+inline Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
 inline int32_t total(Sum sum) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+inline void totals(const Sum (&sum)[4], int32_t (&all)[4]) {
+  const auto half = [&](int i) { return _mm_add_epi32(_mm256_castsi256_si128(sum[i]), _mm256_extracti128_si256(sum[i], 1)); };
+  const auto quarters = [](__m128i a, __m128i b) { return _mm_add_epi32(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)); };
+  const __m128i low = quarters(half(0), half(1)), high = quarters(half(2), half(3));
+  const __m128i four = _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(all), four);
 }
 
 inline Int8 low_nibbles(Int8 packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
@@ -126,6 +153,10 @@ struct Left {
 using Right = Left;
 inline Left left(Int8 w) {
   return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1))};
+}
+inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheaper than taking a vector apart, but twice the loads
+  const auto half = [&](int i) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i)); };
+  return {half(0), half(1)};
 }
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm256_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm256_add_epi16(a, b); }
@@ -165,6 +196,7 @@ inline Int8 load_part(const int8_t* p, int64_t count) {
   return all;
 }
 inline Sum zero_sum() { return 0; }
+inline Sum add(Sum a, Sum b) { return a + b; }
 inline int32_t total(Sum sum) { return sum; }
 inline Int8 low_nibbles(Int8 packed) {
   for (int8_t& value : packed.values) value &= 15;
@@ -228,6 +260,7 @@ using Float = __m512;
 inline Float zero_float() { return _mm512_setzero_ps(); }
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline Float multiply_add(Float sum, Float w, Float x) { return _mm512_fmadd_ps(w, x, sum); }
+inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 inline float total(Float sum) { return _mm512_reduce_add_ps(sum); }
 inline Float widen(__m256i bfloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
@@ -236,6 +269,8 @@ inline Float widen(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterp
 inline Float widen_part(const BFloat16* p, int64_t count) {
   return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
 }
+inline Float widen_even(Int8 bfloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(bfloat16, 16)); }
+inline Float widen_odd(Int8 bfloat16) { return _mm512_castsi512_ps(_mm512_and_si512(bfloat16, _mm512_set1_epi32(-0x10000))); }
 inline Float widen(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -261,6 +296,7 @@ constexpr int FLOATS = 8;
 using Float = __m256;
 
 inline Float zero_float() { return _mm256_setzero_ps(); }
+inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
 inline Float multiply_add(Float sum, Float w, Float x) { return _mm256_fmadd_ps(w, x, sum); }
 inline float total(Float sum) {
@@ -268,10 +304,18 @@ inline float total(Float sum) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline void totals(const Float (&sum)[4], float (&all)[4]) {  // each with the bits `total` gives it
+  const auto half = [&](int i) { return _mm_add_ps(_mm256_castps256_ps128(sum[i]), _mm256_extractf128_ps(sum[i], 1)); };
+  const auto quarters = [](__m128 a, __m128 b) { return _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); };
+  const __m128 low = quarters(half(0), half(1)), high = quarters(half(2), half(3));
+  _mm_storeu_ps(all, _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
+}
 inline Float widen(const BFloat16* p) {
   const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
+inline Float widen_even(Int8 bfloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16, 16)); }
+inline Float widen_odd(Int8 bfloat16) { return _mm256_castsi256_ps(_mm256_and_si256(bfloat16, _mm256_set1_epi32(-0x10000))); }
 inline Float widen(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -312,6 +356,10 @@ inline Float multiply_add(Float sum, const Float& w, const Float& x) {
   for (int i = 0; i < FLOATS; ++i) sum.values[i] += w.values[i] * x.values[i];
   return sum;
 }
+inline Float add(Float a, const Float& b) {
+  for (int i = 0; i < FLOATS; ++i) a.values[i] += b.values[i];
+  return a;
+}
 inline float total(const Float& sum) {
   float s = 0;
   for (int i = 0; i < FLOATS; ++i) s += sum.values[i];
@@ -319,6 +367,15 @@ inline float total(const Float& sum) {
 }
 inline float widen(BFloat16 value) { return to_float(value); }
 inline float widen(int8_t value) { return value; }
+inline Float widen_half(const Int8& bfloat16, int first) {
+  BFloat16 halves[BYTES / 2];
+  memcpy(static_cast<void*>(halves), bfloat16.values, BYTES);
+  Float all;
+  for (int i = 0; i < FLOATS; ++i) all.values[i] = to_float(halves[2 * i + first]);
+  return all;
+}
+inline Float widen_even(const Int8& bfloat16) { return widen_half(bfloat16, 0); }
+inline Float widen_odd(const Int8& bfloat16) { return widen_half(bfloat16, 1); }
 template <class V>
 inline Float widen_part(const V* p, int64_t count) {
   Float all = {};
@@ -344,6 +401,17 @@ inline Float look_up(const uint8_t* run, int column, FloatTable table) {
 }
 
 #endif
+
+// Two sums that take turns.
+struct TwoFloats {
+  Float even, odd;
+};
+inline float total(const TwoFloats& sum) { return total(add(sum.even, sum.odd)); }
+
+template <int M, class S, class N>
+void totals(const S (&sum)[M], N (&all)[M]) {
+  for (int m = 0; m < M; ++m) all[m] = total(sum[m]);
+}
 
 // --- words of 16 bits, and sums of their products in lanes of 32, as many as FLOATS ---
 

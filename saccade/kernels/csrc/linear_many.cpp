@@ -39,7 +39,9 @@ void multiply_any(const LinearCall& call) {
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_many<T, WholeProduct, StagedRows<V, int8_t, OFFSET>>(call);
 #if defined(SACCADE_PAIRS)
-    case SACCADE_W4A8: return multiply_many<T, VectorProduct<EachRun>, StagedRuns>(call);
+    case SACCADE_W4A8:
+      return call.layer.group_size < 64 ? multiply_many<T, VectorProduct<EachRun<32>>, StagedRuns<32>>(call)
+                                        : multiply_many<T, VectorProduct<EachRun<64>>, StagedRuns<64>>(call);
 #else
     case SACCADE_W4A8: return multiply_many<T, WholeProduct, StagedWholeNibbles<V, OFFSET>>(call);
 #endif

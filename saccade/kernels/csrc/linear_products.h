@@ -121,8 +121,10 @@ struct EachWord {
 };
 
 #if defined(SACCADE_PAIRS)
-// Runs of nibbles: 32 columns are added up in 16 bits, which hold 8 products of a pair, each at most 2 * 255 * 8.
+// Runs of nibbles: their columns are added up in 16 bits, before the group's scale (StagedRuns says why that fits).
+template <int64_t COLUMNS>
 struct EachRun {
+  using Runs = StagedRuns<COLUMNS>;
   using Value = uint8_t;
   using Number = int32_t;
   static constexpr int OFFSET = 0;
@@ -132,14 +134,14 @@ struct EachRun {
                             Number* sums, bool is_first) {
     if (is_first) memset(sums, 0, COUNT * VECTOR_OUTPUTS * sizeof(Number));
     const auto panel = [&](int v, int64_t word) { return load_words_at(w + v / EACH_PANEL * w_stride + word * PANEL, v % EACH_PANEL); };
-    for (int64_t k = 0; k < count; k += StagedRuns::RUN_WORDS, w += StagedRuns::ALL * PANEL) {
+    for (int64_t k = 0; k < count; k += Runs::RUN_WORDS, w += Runs::ALL * PANEL) {
       Int8 pairs[COUNT][VECTORS];
 #pragma GCC unroll 8
       for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) pairs[r][v] = (Int8)panel(v, StagedRuns::STARTS);
+        for (int v = 0; v < VECTORS; ++v) pairs[r][v] = (Int8)panel(v, Runs::STARTS);
 #pragma GCC unroll 1
-      for (int64_t word = 0; word < StagedRuns::RUN_WORDS; ++word) {
+      for (int64_t word = 0; word < Runs::RUN_WORDS; ++word) {
         Int8 columns[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) columns[v] = (Int8)panel(v, word);
@@ -155,7 +157,7 @@ struct EachRun {
       }
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
-        const Int8 scales = (Int8)panel(v, StagedRuns::SCALES);
+        const Int8 scales = (Int8)panel(v, Runs::SCALES);
 #pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r) {
           WordsInMemory& sum = words_at(sums + r * VECTOR_OUTPUTS, v);

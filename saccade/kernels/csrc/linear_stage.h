@@ -129,13 +129,15 @@ struct StagedWholeNibbles : StagedNibbles {  // times their group's scale, which
 };
 
 #if defined(SACCADE_PAIRS)
-// Nibbles as they are, and how the products of a run of 32 columns become whole numbers. Of each run a panel has 8 words of int8, then
-// the group's scale in both halves of a word, then what sums of pairs start with where x is 128 too large: -128 times the run's
-// nibbles that meet in 16 bits.
+// Nibbles as they are, and how the products of some COLUMNS become whole numbers: 32 or 64, whose group is the same. Of each such run a
+// panel has its words of int8, then the group's scale in both halves of a word, then what sums of pairs start with where x is 128 too
+// large: -128 times the run's nibbles that meet in 16 bits. With that, 16 products of a pair end within 16 bits, whatever happens on
+// the way: each is at most 2 * 127 * 8.
+template <int64_t COLUMNS>
 struct StagedRuns : StagedNibbles {
   using Value = uint8_t;
-  static constexpr int64_t RUN_WORDS = NIBBLE_RUN / WORD, SCALES = RUN_WORDS, STARTS = RUN_WORDS + 1, ALL = RUN_WORDS + 2;
-  static constexpr int64_t STAGED = STAGE_WORDS<uint8_t> / RUN_WORDS * ALL;
+  static constexpr int64_t RUN_WORDS = COLUMNS / WORD, SCALES = RUN_WORDS, STARTS = RUN_WORDS + 1, ALL = RUN_WORDS + 2;
+  static constexpr int64_t STAGED = STAGE_COLUMNS / COLUMNS * ALL;
   const int8_t* scales;
   explicit StagedRuns(const SaccadeLinear& layer) : StagedNibbles(layer), scales(layer.group_scale) {}
 
@@ -257,8 +259,10 @@ void stage(const Weights& weights, int64_t output, int64_t present, int64_t firs
 }
 
 #if defined(SACCADE_PAIRS)
-inline void stage(const StagedRuns& weights, int64_t output, int64_t present, int64_t first, int64_t count, uint32_t* panel) {
-  constexpr int64_t RUNS = STAGE_COLUMNS / NIBBLE_RUN, VECTOR = BYTES / WORD;
+template <int64_t COLUMNS>
+void stage(const StagedRuns<COLUMNS>& weights, int64_t output, int64_t present, int64_t first, int64_t count, uint32_t* panel) {
+  using Runs = StagedRuns<COLUMNS>;
+  constexpr int64_t VECTOR = BYTES / WORD;
   alignas(64) uint32_t rows[PANEL][STAGE_COLUMNS / WORD] = {};
   for (int64_t column = first * WORD; column < (first + count) * WORD; column += STAGE_COLUMNS) {
     const int64_t width = weights.columns - column < STAGE_COLUMNS ? weights.columns - column : STAGE_COLUMNS;
@@ -267,18 +271,18 @@ inline void stage(const StagedRuns& weights, int64_t output, int64_t present, in
       weights.widen(output + n, column, width, reinterpret_cast<uint8_t*>(rows[n]));
       __builtin_prefetch(weights.address(output + PANEL + n, column), 0, 2);
     }
-    transpose_words<StagedRuns::ALL - StagedRuns::RUN_WORDS>(&rows[0][0], STAGE_COLUMNS / WORD, panel);
-    for (int64_t run = 0; run < RUNS; ++run, panel += StagedRuns::ALL * PANEL) {
-      uint32_t* const scales = panel + StagedRuns::SCALES * PANEL;
+    transpose_words<COLUMNS == NIBBLE_RUN ? Runs::ALL - Runs::RUN_WORDS : 0>(&rows[0][0], STAGE_COLUMNS / WORD, panel);
+    for (int64_t run = 0; run < STAGE_COLUMNS; run += COLUMNS, panel += Runs::ALL * PANEL) {
+      uint32_t* const scales = panel + Runs::SCALES * PANEL;
       memset(scales, 0, PANEL * WORD);
-      if (run * NIBBLE_RUN < width)
+      if (run < width)
         for (int64_t n = 0; n < present; ++n)
-          scales[n] = 0x10001u * static_cast<uint8_t>(weights.scales[weights.group(output + n, column + run * NIBBLE_RUN)]);
+          scales[n] = 0x10001u * static_cast<uint8_t>(weights.scales[weights.group(output + n, column + run)]);
       for (int64_t n = 0; n < PANEL; n += VECTOR) {
         Int8 sums = zero_sum();
-        for (int64_t word = 0; word < StagedRuns::RUN_WORDS; ++word)
+        for (int64_t word = 0; word < Runs::RUN_WORDS; ++word)
           sums = add_pairs(sums, multiply_pairs(each_byte(128), load(reinterpret_cast<int8_t*>(panel + word * PANEL + n))));
-        store(panel + StagedRuns::STARTS * PANEL + n, subtract_pairs(zero_sum(), sums));
+        store(panel + Runs::STARTS * PANEL + n, subtract_pairs(zero_sum(), sums));
       }
     }
   }

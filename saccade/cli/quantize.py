@@ -162,7 +162,7 @@ def _verifier(model: str, values: dict[str, Any]) -> Verify | None:
     from saccade.cli.held_out import shipped
     from saccade.verify.after import verifier
 
-    return verifier(resolve(model), shipped, values["device"])
+    return verifier(resolve(model), shipped, values["device"], values["threads"])
 
 
 def _say(verified: QuantizationReport | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saccade.base.errors import OptionError
 
-INTERFACE = 6  # saccade_interface() of csrc/entry.cpp; goes up with every change of an entry point or a structure
+INTERFACE = 7  # saccade_interface() of csrc/entry.cpp; goes up with every change of an entry point or a structure
 FILE_VARIABLE = "SACCADE_LIBRARY"  # another build of the library, with sanitizers for example
 FILE = Path(os.environ.get(FILE_VARIABLE) or Path(__file__).with_name("_saccade_cpu.so"))
 # Large tensors in pages of 2 MiB, where the system gives them on request (torch reads this at the first large tensor): reading

@@ -98,6 +98,19 @@ class _Segments(ctypes.Structure):
     )
 
 
+class _Causal(ctypes.Structure):
+    """SaccadeOrderedCausal of csrc/ordered.h."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("tokens", c_int64),
+        ("first", c_int64),
+    )
+
+
 class _Attention(ctypes.Structure):
     """SaccadeOrderedAttention of csrc/ordered.h."""
 
@@ -233,6 +246,16 @@ def _segments(qkv: Tensor, of: Segments, exact: Tensor | None, y: Tensor | None,
         *results, len(of.bounds) - 1, qkv.shape[1] // 3, of.root,
     )  # fmt: skip
     _needed(qkv).functions.saccade_ordered_segments(ctypes.byref(op))
+
+
+def causal_softmax(logits: Tensor, first: int) -> Tensor:
+    """logits: [heads, rows, N] float32 of tokens from `first` on; N: at least 16. Returns what each sees, in bfloat16, then zeros."""
+    logits = logits.contiguous()
+    y = torch.empty_like(logits, dtype=torch.bfloat16)
+    rows, columns = logits.shape[1:]
+    op = _Causal(logits.data_ptr(), y.data_ptr(), len(logits) * rows, columns, rows, first)
+    _needed(logits).functions.saccade_ordered_causal(ctypes.byref(op))
+    return y
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

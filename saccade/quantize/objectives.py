@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -84,11 +85,13 @@ class DecoderAttention:
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q, k: [heads, N, D]. In float32, q by the root of D."""
-        cos, sin = self._tables(q.shape[1])
+        cos, sin = self._tables
         q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
         return q / math.sqrt(self.head_dim), k
 
-    def _tables(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        num_tokens = len(self.positions)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
         angles = torch.outer(torch.arange(num_tokens).float(), 1.0 / self.rope_theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
@@ -97,12 +100,15 @@ class DecoderAttention:
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor, start: int, product: Product) -> Tensor:
     """q: [heads, rows, D], tokens from `start` on, and k: [N, D], both float32; v: [N, D] in T. Returns [heads, rows, D] in T."""
+    keys, values = (part.expand(len(q), -1, -1) for part in (k, v))
+    logits = q @ keys.transpose(-2, -1)
+    if ordered.is_ordered(v.dtype) and len(k) >= ordered.LANES:
+        return product(ordered.causal_softmax(logits, start), values)
     columns = torch.arange(len(k))
     is_future = columns > columns[start : start + q.shape[1], None]
-    keys, values = (part.expand(len(q), -1, -1) for part in (k, v))
-    logits = (q @ keys.transpose(-2, -1)).masked_fill_(is_future, float("-inf"))
-    weights = ordered.softmax(torch.maximum(logits, torch.tensor(torch.finfo(v.dtype).min))).to(v.dtype)
-    return product(weights, values)
+    lowest = torch.tensor(torch.finfo(v.dtype).min)
+    weights = torch.maximum(logits.masked_fill_(is_future, float("-inf")), lowest)
+    return product(ordered.softmax(weights).to(v.dtype), values)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ SLACK = 1 + 2.0**-6  # a mean in bfloat16 is wrong by less
 SLACK_WIDE = 1 + 2.0**-10  # likewise, in float32
 # How far apart losses may be when products are sums of another order: on 128 to 320 tokens they were by up to 2e-4.
 ORDER = 1 + 2.0**-7
-ROWS = 192  # at least, that are computed, and given up, at a time
+ROWS = 96  # at least, that are computed, and given up, at a time
 
 
 class Trial(Protocol):

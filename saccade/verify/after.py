@@ -17,11 +17,16 @@ from saccade.verify.verification import verify
 WHOLE_BYTES = 1_000_000_000  # a float model up to this size is opened whole and answers as if it were served
 
 
-def verifier(source: Path, conversations: Callable[[bool], Sequence[Conversation]], device: str = "auto") -> Verify:
+def verifier(
+    source: Path,
+    conversations: Callable[[bool], Sequence[Conversation]],
+    device: str = "auto",
+    threads: int | None = None,
+) -> Verify:
     """Compares a folder with `source`. `conversations`: held-out ones, ending with answers where True is passed."""
     checkpoint = open_checkpoint(source)
     size = sum(checkpoint.info(name).nbytes for name in checkpoint.names())
-    options = VerifyOptions(device=device, blockwise=size > WHOLE_BYTES)
+    options = VerifyOptions(device=device, threads=threads, blockwise=size > WHOLE_BYTES)
 
     def look(folder: Path) -> QuantizationReport:
         return verify(folder, source, conversations(options.blockwise), options)

@@ -10,6 +10,7 @@ from saccade.base.options import check_bounds, option
 @dataclass(frozen=True)
 class VerifyOptions:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = option(None, "CPU threads; default: as many as this process may use", low=1, high=4096)
     answer_tokens: int = option(32, "tokens of each answer that logits are compared over", low=1, high=4096)
     sample_pixels: int = option(
         400_000, "pictures of samples are made no larger than this area", low=3136, high=100_000_000

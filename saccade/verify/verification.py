@@ -85,6 +85,8 @@ def verify(
         raise OptionError("sensitivity and target_kl compare answers with the float model's; give it (--against)")
     if (options.sensitivity or options.target_kl is not None) and options.blockwise:
         raise OptionError("sensitivity and target_kl hold both models in memory; leave blockwise out")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     run = _Run()
     report = QuantizationReport(folder.name, machine=f"{processor_name()}, torch {torch.__version__}")
     source = None if against is None else _open_source(against)
@@ -340,7 +342,8 @@ def _with_sensitivity(
 
 
 def _open(folder: Path, options: VerifyOptions) -> LLM:
-    return LLM(folder, media=MediaOptions(max_pixels=options.sample_pixels), device=options.device)
+    media = MediaOptions(max_pixels=options.sample_pixels)
+    return LLM(folder, media=media, device=options.device, threads=options.threads)
 
 
 def answer(llm: LLM, conversations: Sequence[Conversation], max_tokens: int) -> list[Sample]:

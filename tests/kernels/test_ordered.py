@@ -189,6 +189,14 @@ def test_attention_within_segments_is_that_of_torch(isa: str, dim: int) -> None:
     assert torch.equal(ordered.segment_distances(qkv[rows], segments, exact[rows]), distances)
 
 
+@pytest.mark.parametrize("columns", [16, 33, 200])
+def test_causal_softmax_leaves_the_future_out(isa: str, columns: int) -> None:
+    logits = random(3, columns - 5, columns, scale=3)
+    future = torch.ones(columns, columns).triu(1).bool()[5:]
+    expected = ordered.softmax(logits.masked_fill(future, torch.finfo(torch.bfloat16).min)).bfloat16()
+    assert torch.equal(ordered.causal_softmax(logits, 5), expected)
+
+
 def turned(x: Tensor) -> Tensor:
     low, high = x.chunk(2, dim=-1)
     return torch.cat((-high, low), dim=-1)

@@ -16,6 +16,7 @@ from saccade.api import quantize, quantize_exactly
 from saccade.base.errors import OptionError
 from saccade.quantize.report import Check, QuantizationReport, read_report
 from saccade.verify import after, layers, verification
+from saccade.verify.layers import SideBySide
 from saccade.verify.options import VerifyOptions
 from saccade.verify.samples import OPENING, Conversation, without_answer
 from saccade.verify.verification import verify
@@ -200,6 +201,25 @@ def test_a_large_model_is_verified_blockwise(tiny_checkpoint: Path, monkeypatch:
     monkeypatch.setattr(after, "WHOLE_BYTES", 1000)
     after.verifier(tiny_checkpoint, asked)(tiny_checkpoint)
     assert chosen == [False, True]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_a_verification_takes_the_threads_it_is_told_to(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, blockwise: bool
+) -> None:
+    if blockwise:
+        monkeypatch.setattr(after, "WHOLE_BYTES", 1000)
+    seen: set[int] = set()
+    compare = verification.run_side_by_side
+
+    def watched(*given: Any) -> SideBySide:
+        seen.add(torch.get_num_threads())
+        return compare(*given)
+
+    monkeypatch.setattr(verification, "run_side_by_side", watched)
+    after.verifier(tiny_checkpoint, asked, threads=3)(tiny_checkpoint)
+    assert seen == {3}
 
 
 @pytest.mark.parametrize("tied", [False, True])

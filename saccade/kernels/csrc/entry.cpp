@@ -15,7 +15,7 @@
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 // Goes up with every change of an entry point or a structure: Python refuses a library of another number.
-ENTRY int32_t saccade_interface() { return 6; }
+ENTRY int32_t saccade_interface() { return 7; }
 
 // --- the machine ---
 
@@ -69,6 +69,7 @@ ENTRY void saccade_ordered_panels(const SaccadeOrderedPanels* op) { SACCADE_CALL
 ENTRY void saccade_ordered_levels(const SaccadeOrderedLevels* op) { SACCADE_CALL(ordered_levels)(*op); }
 ENTRY void saccade_ordered_gate_up(const SaccadeOrderedGateUp* op) { SACCADE_CALL(ordered_gate_up)(*op); }
 ENTRY void saccade_ordered_segments(const SaccadeOrderedSegments* op) { SACCADE_CALL(ordered_segments)(*op); }
+ENTRY void saccade_ordered_causal(const SaccadeOrderedCausal* op) { SACCADE_CALL(ordered_causal)(*op); }
 ENTRY void saccade_ordered_attention(const SaccadeOrderedAttention* op) { SACCADE_CALL(ordered_attention)(*op); }
 ENTRY void saccade_ordered_sum(const SaccadeOrderedRows* op) { SACCADE_CALL(ordered_sum)(*op); }
 ENTRY void saccade_ordered_softmax(const SaccadeOrderedRows* op) { SACCADE_CALL(ordered_softmax)(*op); }

@@ -408,6 +408,15 @@ float gate_up_distance(const SaccadeOrderedGateUp& op, int64_t row, float* squar
   return sum_row<16>(squares, op.columns);
 }
 
+// The part of a longer row's softmax that is not zero, rounded to bfloat16. exps: [count] to work in; y may lie where these do.
+void rounded_softmax(const float* x, float* exps, int64_t count, uint16_t* y) {
+  exponentials(x, exps, count);
+  const float part = 1.0f / lane_sum<16>(exps, count);
+  each_vector(count, [&](int64_t i, int64_t some) {
+    store_some(y + i, rounded(load_some(exps + i, some) * splat(part)), some);
+  });
+}
+
 // Patches of one segment, from `first` on, attend to all of it.
 struct SegmentBlock {
   const SaccadeOrderedSegments& op;
@@ -452,12 +461,8 @@ struct SegmentBlock {
 
   // Logits become weights; they are rounded where the logits were.
   void weigh(float* x, int64_t count, Value* to) const {
-    exponentials(x, x, count);
-    const float part = 1.0f / lane_sum<16>(x, count);
     const auto narrowed = reinterpret_cast<uint16_t*>(x);
-    each_vector(count, [&](int64_t i, int64_t some) {
-      store_some(narrowed + i, rounded(load_some(x + i, some) * splat(part)), some);
-    });
+    rounded_softmax(x, x, count, narrowed);
     ByPairs::fill(narrowed, count, to);
   }
 
@@ -679,6 +684,16 @@ void ordered_segments(const SaccadeOrderedSegments& op) {
       const int64_t start = op.bounds[segment], end = op.bounds[segment + 1], first = start + (piece - passed) * BLOCK;
       SegmentBlock{op, q, k, start, end, first, least(end - first, BLOCK)}.run();
     }
+  });
+}
+
+void ordered_causal(const SaccadeOrderedCausal& op) {
+  each_row(op.rows, [&](int64_t row) {
+    const int64_t seen = least(op.first + row % op.tokens + 1, op.columns);
+    const auto exps = static_cast<float*>(scratch(SCRATCH_SUMS, op.columns * sizeof(float)));
+    uint16_t* const y = op.y + row * op.columns;
+    rounded_softmax(op.logits + row * op.columns, exps, seen, y);
+    memset(y + seen, 0, (op.columns - seen) * sizeof *y);
   });
 }
 

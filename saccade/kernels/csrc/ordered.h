@@ -62,6 +62,13 @@ struct SaccadeOrderedSegments {
   float root;
 };
 
+// Causal softmax in float32, rounded to bfloat16: token `first + i % tokens` of row i sees as many columns as stand before it and itself.
+struct SaccadeOrderedCausal {
+  const float* logits;  // [rows, columns]
+  uint16_t* y;          // [rows, columns]
+  int64_t rows, columns, tokens, first;
+};
+
 // Causal attention of one sequence in bfloat16, scaled by the root of D: torch's flash attention. All are [heads, tokens, D].
 // lanes: 8 or 16, how many partial sums a vector has.
 struct SaccadeOrderedAttention {
@@ -88,6 +95,7 @@ SACCADE_KERNEL(ordered_panels, const SaccadeOrderedPanels&)
 SACCADE_KERNEL(ordered_levels, const SaccadeOrderedLevels&)
 SACCADE_KERNEL(ordered_gate_up, const SaccadeOrderedGateUp&)
 SACCADE_KERNEL(ordered_segments, const SaccadeOrderedSegments&)
+SACCADE_KERNEL(ordered_causal, const SaccadeOrderedCausal&)
 SACCADE_KERNEL(ordered_attention, const SaccadeOrderedAttention&)
 SACCADE_KERNEL(ordered_sum, const SaccadeOrderedRows&)
 SACCADE_KERNEL(ordered_softmax, const SaccadeOrderedRows&)

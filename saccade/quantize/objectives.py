@@ -103,7 +103,8 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, start: int, product: Produc
     keys, values = (part.expand(len(q), -1, -1) for part in (k, v))
     logits = q @ keys.transpose(-2, -1)
     if ordered.is_ordered(v.dtype) and len(k) >= ordered.LANES:
-        return product(ordered.causal_softmax(logits, start), values)
+        seen = min(start + q.shape[1], len(k))  # the rest are zeros, which may be left out
+        return product(ordered.causal_softmax(logits, start)[..., :seen], values[:, :seen])
     columns = torch.arange(len(k))
     is_future = columns > columns[start : start + q.shape[1], None]
     lowest = torch.tensor(torch.finfo(v.dtype).min)

@@ -260,22 +260,22 @@ class TowerTrial:
     """A head of some segments at a time, those with the most distance for their size first."""
 
     def __init__(self, x: Tensor, weight: Tensor, objective: TowerAttention) -> None:
-        self._objective = objective
+        self._whole, self._objective = x, objective
         heads = objective.num_heads
-        self._weights = list(weight.view(3, heads, -1, weight.shape[1]).transpose(0, 1).flatten(1, 2))
-        self._candidate = _Candidates(self._weights)
+        weights = list(weight.view(3, heads, -1, weight.shape[1]).transpose(0, 1).flatten(1, 2))
+        self._candidate = _Candidates(weights)
         self._lengths = [end - start for start, end in pairwise(objective.bounds)]
-        self._rows: list[Tensor] = []  # of each group of segments, among all
+        self._order = torch.arange(len(x))  # of the patches: those of a group follow each other
+        self._rows: list[slice] = []  # of each group, in that order
         self._segments: list[ordered.Segments] = []
-        self._x = x
-        self._exact = torch.empty(heads, len(x), len(weight) // 3 // heads, dtype=x.dtype)
         self._group(range(len(self._lengths)))
-        for rows, segments in zip(self._rows, self._segments, strict=True):
-            for head, part in enumerate(self._weights):
-                qkv = ordered.linear(x[rows], part)
-                self._exact[head, rows] = ordered.segment_attention(qkv, segments)
-        self._is_sorted = False
         self._parts = [(group, head) for group in range(len(self._rows)) for head in range(heads)]
+        self._is_sorted = False
+        self._exact = x.new_empty(heads, len(x), len(weights[0]) // 3)
+        for group, head in self._parts:
+            rows = self._rows[group]
+            qkv = ordered.linear(self._x[rows], weights[head])
+            self._exact[head, rows] = ordered.segment_attention(qkv, self._segments[group])
 
     @staticmethod
     def fits(weight: Tensor, objective: TowerAttention) -> bool:
@@ -283,28 +283,27 @@ class TowerTrial:
         is_even = all(bound % 2 == 0 for bound in objective.bounds)
         return is_even and objective.bounds[-1] >= ordered.LANES and len(weight) >= 96 * objective.num_heads
 
-    def _group(self, order: Sequence[int]) -> None:
+    def _group(self, segments: Sequence[int]) -> None:
         """Segments in that order become groups of ROWS rows or more."""
-        bounds, objective = self._objective.bounds, self._objective
+        objective, bounds = self._objective, self._objective.bounds
+        self._order = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in segments])
+        self._x = self._whole[self._order]
+        cos, sin, root = objective.cos[self._order], objective.sin[self._order], math.sqrt(objective.scaling_head_dim)
         self._rows, self._segments = [], []
-        group: list[int] = []
-        for place, segment in enumerate(order):
-            group.append(segment)
-            size = sum(self._lengths[i] for i in group)
-            if size >= ROWS or place == len(order) - 1:
-                rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in group])
-                ends = torch.tensor([self._lengths[i] for i in group]).cumsum(0).tolist()
-                tables = objective.cos[rows].contiguous(), objective.sin[rows].contiguous()
-                root = math.sqrt(objective.scaling_head_dim)
+        start, ends = 0, [0]  # of the group under way; the latter within it
+        for place, segment in enumerate(segments):
+            ends.append(ends[-1] + self._lengths[segment])
+            if ends[-1] >= ROWS or place == len(segments) - 1:
+                rows = slice(start, start + ends[-1])
                 self._rows.append(rows)
-                self._segments.append(ordered.Segments(*tables, (0, *ends), root))
-                group = []
+                self._segments.append(ordered.Segments(cos[rows], sin[rows], tuple(ends), root))
+                start, ends = rows.stop, [0]
 
     def loss_below(self, bound: float, threshold: float, scale: Tensor) -> float:
         self._candidate.begin(threshold, scale)
-        x = self._candidate.rounded(self._x)
-        distances = torch.empty(self._exact.shape[:2], dtype=x.dtype)
+        distances = self._x.new_empty(self._exact.shape[:2])
         limit, spent = bound * distances.numel() * SLACK, 0.0
+        x = self._candidate.rounded(self._x)
         for group, head in self._parts:
             rows = self._rows[group]
             qkv = ordered.product(x[rows], self._candidate.panels(head))
@@ -313,16 +312,19 @@ class TowerTrial:
             spent += float(found.sum(dtype=torch.float64))
             if spent > limit:
                 return math.inf
+        distances[:, self._order] = distances.clone()
         if not self._is_sorted:
             self._sort(distances.double())
         return float(ordered.row_means(distances.flatten()))
 
     def _sort(self, distances: Tensor) -> None:
-        """distances: [heads, N]."""
+        """distances: [heads, P]."""
+        before = self._order.argsort()
         means = [float(part.mean()) for part in torch.split(distances, self._lengths, 1)]
         self._group(sorted(range(len(means)), key=lambda i: -means[i]))
+        self._exact = self._exact[:, before[self._order]]
         heavy = {
-            (group, head): float(distances[head, rows].mean())
+            (group, head): float(distances[head, self._order[rows]].mean())
             for group, rows in enumerate(self._rows)
             for head in range(len(distances))
         }

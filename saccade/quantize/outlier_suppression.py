@@ -30,7 +30,8 @@ def search(x: Tensor, weight: Tensor, objective: Objective) -> Tensor:
     others be given up before they are whole.
     """
     high, low = x.amax(0), x.amin(0)
-    candidates = list(thresholds(high, low))
+    # Only their values in T count, which several may share where there are hundreds.
+    candidates = list(dict.fromkeys(torch.tensor(list(thresholds(high, low)), dtype=high.dtype).tolist()))
     if not candidates:
         return torch.ones_like(high)
     losses = trial(x, weight, objective)

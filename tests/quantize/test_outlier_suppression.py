@@ -111,3 +111,19 @@ def test_candidates_count_steps_by_the_maximum_alone() -> None:
     assert len(wide) in (200, 201)
     assert len(mirrored) in (100, 101)
     assert wide[0] == mirrored[0] == 100.0
+
+
+def test_candidates_that_are_one_in_the_models_type_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations(40, torch.bfloat16)
+    x[0, 0] = 300
+    weight = (torch.randn(64, H, generator=torch.Generator().manual_seed(6)) * 0.1).bfloat16()
+    tried: list[float] = []
+
+    class Counted(trials.WholeTrial):
+        def loss_below(self, bound: float, threshold: float, scale: Tensor) -> float:
+            tried.append(threshold)
+            return super().loss_below(bound, threshold, scale)
+
+    monkeypatch.setattr(outlier_suppression, "trial", Counted)
+    assert torch.equal(search(x, weight, GateUp()), oracle.search(x, weight, oracle.gate_up(GateUp())))
+    assert len(tried) == len(set(tried)) < len(list(thresholds(x.amax(0), x.amin(0))))

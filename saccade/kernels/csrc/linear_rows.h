@@ -56,6 +56,7 @@ void multiply(const Weights& weights, int64_t output, int64_t column, int64_t en
     values += M * Weights::VALUES;
     column += STEP;
   };
+#pragma GCC unroll 4
   while (column + PARTS * STEP <= end)
     for (int part = 0; part < PARTS; ++part) step(part);
   while (column + STEP <= end) step(0);

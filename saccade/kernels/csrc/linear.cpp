@@ -21,50 +21,54 @@ using DenseFew = DensePairs;
 using DenseFew = WideHalves;
 #endif
 
-template <class T>
-void nibbles_by_rows(const LinearCall& call) {
-  const bool is_fine = call.layer.group_size < PACKED_COLUMNS, has_zeros = call.layer.zero != nullptr;
-#if defined(SACCADE_PAIRS)
-  if (call.layer.scheme == SACCADE_W4A8 && call.layer.group_size >= 4 * PACKED_COLUMNS)
-    return multiply_by_rows<T, NibbleVectors<4>>(call);
-  if (call.layer.scheme == SACCADE_W4A8 && call.layer.group_size >= 2 * PACKED_COLUMNS)
-    return multiply_by_rows<T, NibbleVectors<2>>(call);
-#endif
-  if (call.layer.scheme == SACCADE_W4A8)
-    return is_fine ? multiply_by_rows<T, Nibbles<true>>(call) : multiply_by_rows<T, Nibbles<false>>(call);
-  const T* x = static_cast<const T*>(call.x);
-  const auto fits = [&](int64_t row) { return IS_BFLOAT16<T> && fits_fixed_point(x + row * call.x_stride, call.layer.in_features); };
-  if (call.rows > 1) {  // each as it would be alone
-    int64_t like_first = 1;
-    while (like_first < call.rows && fits(like_first) == fits(0)) ++like_first;
-    if (like_first < call.rows) {
-      T* y = static_cast<T*>(call.y);
-      nibbles_by_rows<T>({call.layer, x, call.x_stride, y, like_first});
-      return nibbles_by_rows<T>({call.layer, x + like_first * call.x_stride, call.x_stride,
-                                 y + like_first * call.layer.out_features, call.rows - like_first});
-    }
-  }
+// In fixed point what fits it, in floats what does not: each row as it would be alone.
+template <class T, class Fixed, class Wide>
+void multiply_fixed(const LinearCall& call, Fixed&& fixed, Wide&& wide) {
   if constexpr (IS_BFLOAT16<T>) {
-    if (fits(0)) {
-      if (is_fine)
-        return has_zeros ? multiply_by_rows<T, FixedNibbles<true, true>>(call)
-                         : multiply_by_rows<T, FixedNibbles<true, false>>(call);
-      return has_zeros ? multiply_by_rows<T, FixedNibbles<false, true>>(call)
-                       : multiply_by_rows<T, FixedNibbles<false, false>>(call);
+    const T* x = static_cast<const T*>(call.x);
+    T* y = static_cast<T*>(call.y);
+    const auto fits = [&](int64_t row) { return fits_fixed_point(x + row * call.x_stride, call.layer.in_features); };
+    for (int64_t first = 0, last; first < call.rows; first = last) {
+      const bool is_fixed = fits(first);
+      for (last = first + 1; last < call.rows && fits(last) == is_fixed;) ++last;
+      const LinearCall some{call.layer, x + first * call.x_stride, call.x_stride, y + first * call.layer.out_features, last - first};
+      is_fixed ? fixed(some) : wide(some);
     }
+  } else {
+    (void)fixed;
+    wide(call);
   }
-  multiply_by_rows<T, WideNibbles>(call);
+}
+
+// IS_FINE: groups may have fewer columns than a vector of nibbles.
+template <class T, bool IS_FINE>
+void nibbles_by_rows(const LinearCall& call) {
+  if (call.layer.scheme == SACCADE_W4A8) {
+#if defined(SACCADE_PAIRS)
+    if (call.layer.group_size >= 4 * PACKED_COLUMNS) return multiply_by_rows<T, NibbleVectors<4>>(call);
+    if (call.layer.group_size >= 2 * PACKED_COLUMNS) return multiply_by_rows<T, NibbleVectors<2>>(call);
+#endif
+    return multiply_by_rows<T, Nibbles<IS_FINE>>(call);
+  }
+  multiply_fixed<T>(
+      call,
+      [](const LinearCall& some) {
+        some.layer.zero != nullptr ? multiply_by_rows<T, FixedNibbles<IS_FINE, true>>(some)
+                                   : multiply_by_rows<T, FixedNibbles<IS_FINE, false>>(some);
+      },
+      multiply_by_rows<T, WideNibbles>);
 }
 
 template <class T>
 void linear_of(const LinearCall& call) {
   switch (call.layer.scheme) {
     case SACCADE_DENSE: return multiply_by_rows<T, DenseFew>(call);
-    case SACCADE_W8A16: return multiply_by_rows<T, WideBytes>(call);
+    case SACCADE_W8A16: return multiply_fixed<T>(call, multiply_by_rows<T, FixedBytes>, multiply_by_rows<T, WideBytes>);
     case SACCADE_W8A8:
     case SACCADE_W8A8_DYNAMIC: return multiply_by_rows<T, Bytes>(call);
     case SACCADE_W4A16:
-    case SACCADE_W4A8: return nibbles_by_rows<T>(call);
+    case SACCADE_W4A8:
+      return call.layer.group_size < PACKED_COLUMNS ? nibbles_by_rows<T, true>(call) : nibbles_by_rows<T, false>(call);
   }
 }
 

@@ -13,6 +13,7 @@ namespace saccade::SACCADE_ISA {
 
 constexpr int64_t LINE_BYTES = 64;
 constexpr int64_t FEW_ROWS = 8;  // up to here the caller does it alone: waking others would take longer
+constexpr int64_t SHARED_INPUT = 1 << 15;  // values of x that are worth it for few rows, too
 constexpr float TINY = 1.17549435e-38f;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -29,6 +30,12 @@ struct FixedBlock {
   int32_t start[FLOATS];  // -8 times `sums`: nibbles are taken 8 too large
   float sums[FLOATS];     // of the values that meet in a lane: what its products have too much for each unit of the zero point
   float scale[FLOATS];    // the same in all
+};
+
+// The same in the order of columns, for weights of bytes.
+struct FixedWords {
+  alignas(64) int16_t values[PACKED_COLUMNS];
+  float scale[FLOATS];  // the same in all
 };
 
 #if defined(SACCADE_PAIRS)
@@ -156,9 +163,9 @@ void take_row(const SaccadeLinear& layer, const T* x, const Input<WholeBlock>& o
 }
 #endif
 
-// x: `count` columns of a row, at most PACKED_COLUMNS.
+// whole: what `count` columns of a row, at most PACKED_COLUMNS, are in units of the scale that is returned; zeros behind.
 template <class T>
-void take_block(const T* x, int64_t count, FixedBlock& block) {
+float to_fixed_point(const T* x, int64_t count, int16_t* whole) {
   float wide[PACKED_COLUMNS] = {};
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -169,10 +176,23 @@ void take_block(const T* x, int64_t count, FixedBlock& block) {
   float scale = magnitude_of(largest) / 32767.0f;
   scale = scale < TINY ? TINY : scale;
   const float inverse = 1.0f / scale;
-  int16_t whole[PACKED_COLUMNS] = {};
+  memset(whole, 0, PACKED_COLUMNS * sizeof *whole);
   if (scale - scale == 0.0f)  // infinity or NaN: zero times that scale is NaN
     for (int64_t i = 0; i < PACKED_COLUMNS; ++i)
       whole[i] = static_cast<int16_t>(static_cast<int32_t>(nearbyintf(wide[i] * inverse)));
+  return scale;
+}
+
+template <class T>
+void take_block(const T* x, int64_t count, FixedWords& block) {
+  const float scale = to_fixed_point(x, count, block.values);
+  for (float& each : block.scale) each = scale;
+}
+
+template <class T>
+void take_block(const T* x, int64_t count, FixedBlock& block) {
+  int16_t whole[PACKED_COLUMNS];
+  const float scale = to_fixed_point(x, count, whole);
   constexpr int64_t HALF = RUN / 2, QUARTER = RUN / 4, EIGHTH = RUN / 8;
   for (int64_t run = 0; run < RUNS; ++run) {
     const int16_t *low = whole + run * RUN, *high = low + HALF;
@@ -197,15 +217,18 @@ void take_block(const T* x, int64_t count, FixedBlock& block) {
 template <class T>
 bool fits_fixed_point(const T* x, int64_t columns) {
   for (int64_t first = 0; first < columns; first += PACKED_COLUMNS) {
-    constexpr int64_t LANES = 16;  // as many sums, as compilers keep the order of a single one; they divide every run
+    constexpr int64_t LANES = 16;  // as many sums, as compilers keep the order of a single one
     const int64_t end = smaller(first + PACKED_COLUMNS, columns);
     float largest[LANES] = {}, sums[LANES] = {};
-    for (int64_t start = first; start < end; start += LANES)
-      for (int64_t i = 0; i < LANES; ++i) {
-        const float magnitude = magnitude_of(magnitude_bits(to_float(x[start + i])));
-        largest[i] = magnitude > largest[i] ? magnitude : largest[i];
-        sums[i] += magnitude;
-      }
+    const auto take = [&](int64_t column, int64_t lane) {
+      const float magnitude = magnitude_of(magnitude_bits(to_float(x[column])));
+      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
+      sums[lane] += magnitude;
+    };
+    int64_t start = first;
+    for (; start + LANES <= end; start += LANES)
+      for (int64_t i = 0; i < LANES; ++i) take(start + i, i);
+    for (int64_t i = 0; start + i < end; ++i) take(start + i, i);
     for (int64_t i = 1; i < LANES; ++i) {
       largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
       sums[0] += sums[i];
@@ -215,10 +238,18 @@ bool fits_fixed_point(const T* x, int64_t columns) {
   return true;
 }
 
-template <class T>
-void take_row(const SaccadeLinear& layer, const T* x, const Input<FixedBlock>&, FixedBlock* block, int64_t) {
+template <class T, class Block>
+void take_blocks(const SaccadeLinear& layer, const T* x, Block* block) {
   for (int64_t first = 0; first < layer.in_features; first += PACKED_COLUMNS, ++block)
     take_block(x + first, smaller(layer.in_features - first, PACKED_COLUMNS), *block);
+}
+template <class T>
+void take_row(const SaccadeLinear& layer, const T* x, const Input<FixedBlock>&, FixedBlock* block, int64_t) {
+  take_blocks(layer, x, block);
+}
+template <class T>
+void take_row(const SaccadeLinear& layer, const T* x, const Input<FixedWords>&, FixedWords* block, int64_t) {
+  take_blocks(layer, x, block);
 }
 
 template <class T, class V>
@@ -250,15 +281,23 @@ Input<typename Weights::Value> take_input(const LinearCall& call) {
   auto out = input_scales<V>(call.rows);
   out.stride = steps * EACH;
   out.values = static_cast<V*>(scratch(SCRATCH_INPUT, call.rows * out.stride * sizeof(V)));
-  for (int64_t row = 0; row < call.rows; ++row) {
+  const auto take = [&](int64_t row) {
     const int64_t first = row / TOGETHER * TOGETHER, together = smaller(call.rows - first, TOGETHER);
     V* const group = out.values + first * out.stride;
     V* const values = together == 1 ? group : static_cast<V*>(scratch(SCRATCH_ROWS, out.stride * sizeof(V)));
     take_row(call.layer, static_cast<const T*>(call.x) + row * call.x_stride, out, values, row);
     Weights::arrange(values, columns);
-    if (together == 1) continue;
+    if (together == 1) return;
     for (int64_t step = 0; step < steps; ++step)
       memcpy(static_cast<void*>(group + (step * together + row - first) * EACH), values + step * EACH, EACH * sizeof(V));
+  };
+  if (call.rows == 1 || call.rows * columns < SHARED_INPUT) {
+    for (int64_t row = 0; row < call.rows; ++row) take(row);
+  } else {
+    Pieces pieces(call.rows);
+    parallel([&](int, int) {
+      for (int64_t row; (row = pieces.next()) >= 0;) take(row);
+    });
   }
   return out;
 }

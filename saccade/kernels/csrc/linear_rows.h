@@ -11,6 +11,13 @@ constexpr int64_t WEIGHT_AHEAD = 4096;  // bytes of it that are fetched before t
 constexpr int64_t TURN_BYTES = 4096;    // of a row of x: STREAM_ROWS of them stay in the first-level cache, and what comes with them
 constexpr int64_t LARGE_INPUT = 24 << 10;  // bytes of x that do not
 
+// Of a loop over columns that are unrolled: few turns end as the processor foresees. (With vectors in software that takes minutes.)
+#if defined(SACCADE_EMULATED)
+constexpr int LOOPS = 1;
+#else
+constexpr int LOOPS = 4;
+#endif
+
 // Columns of x in TURN_BYTES: a power of two, so that turns begin where groups do.
 template <class Weights>
 constexpr int64_t turn_columns() {
@@ -56,7 +63,7 @@ void multiply(const Weights& weights, int64_t output, int64_t column, int64_t en
     values += M * Weights::VALUES;
     column += STEP;
   };
-#pragma GCC unroll 4
+#pragma GCC unroll LOOPS
   while (column + PARTS * STEP <= end)
     for (int part = 0; part < PARTS; ++part) step(part);
   while (column + STEP <= end) step(0);

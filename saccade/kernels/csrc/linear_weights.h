@@ -333,6 +333,36 @@ inline Float multiply_add(Float sum, const WideLeft& w, const float* x) {
 
 // --- in fixed point ---
 
+struct FourWords {
+  Int8 parts[4];
+};
+
+// For w8a16.
+struct FixedBytes : RowMajor<int8_t, Floats> {
+  using RowMajor::RowMajor;
+  using Value = FixedWords;
+  using Right = const FixedWords&;
+  static constexpr int64_t STEP = PACKED_COLUMNS, ADVANCE = STEP, VALUES = 1, PARTS = 1;
+  static void arrange(FixedWords*, int64_t) {}
+  static Right input(const FixedWords* x) { return *x; }
+  static FourWords at(const int8_t* from, Group) {
+    constexpr int64_t EACH = BYTES / 2;
+    return {widen_words(from), widen_words(from + EACH), widen_words(from + 2 * EACH), widen_words(from + 3 * EACH)};
+  }
+  static FourWords end(const int8_t* from, int64_t count, Group group) {
+    int8_t whole[STEP] = {};
+    memcpy(whole, from, count);
+    return at(whole, group);
+  }
+};
+
+inline Float multiply_add(Float sum, const FourWords& w, const FixedWords& x) {
+  Words whole = zero_words();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) whole = multiply_words(whole, w.parts[i], load(x.values + i * (BYTES / 2)));
+  return multiply_add(sum, load(x.scale), widen(whole));
+}
+
 template <bool HAS_ZEROS>
 struct FixedGroup {
   Float scale, zero;

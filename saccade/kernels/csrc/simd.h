@@ -419,7 +419,11 @@ void totals(const S (&sum)[M], N (&all)[M]) {
 
 using Words = __m512i;
 
+inline Words zero_words() { return _mm512_setzero_si512(); }
 inline Words load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Int8 widen_words(const int8_t* p) {  // BYTES / 2 of them
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline Int8 load(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline Int8 flip_nibbles(Int8 packed) { return _mm512_xor_si512(packed, _mm512_set1_epi8(-0x78)); }  // value + 8
 template <int I>
@@ -447,7 +451,11 @@ inline Float each_run(float value) { return _mm512_set1_ps(value); }
 
 using Words = __m256i;
 
+inline Words zero_words() { return _mm256_setzero_si256(); }
 inline Words load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Int8 widen_words(const int8_t* p) {  // BYTES / 2 of them
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline Int8 load(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Int8 flip_nibbles(Int8 packed) { return _mm256_xor_si256(packed, _mm256_set1_epi8(-0x78)); }
 template <int I>
@@ -476,6 +484,14 @@ struct Words {
   int32_t values[FLOATS];
 };
 
+inline Words zero_words() { return {}; }
+inline Int8 widen_words(const int8_t* p) {  // BYTES / 2 of them
+  int16_t words[BYTES / 2];
+  for (int i = 0; i < BYTES / 2; ++i) words[i] = p[i];
+  Int8 all;
+  memcpy(all.values, words, BYTES);
+  return all;
+}
 inline Words load_words(const int32_t* p) {
   Words all;
   memcpy(all.values, p, sizeof(all.values));

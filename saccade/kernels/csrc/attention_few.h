@@ -4,6 +4,7 @@
 // widened where it lies, the even numbers by a shift, the odd ones by a mask; queries and sums are in that order too.
 #pragma once
 
+#include "four_sums.h"
 #include "vector.h"
 
 namespace saccade::SACCADE_ISA {
@@ -77,17 +78,15 @@ void score(const float* q, int64_t q_stride, const Bf16* const* keys, int64_t he
       for (int k = 0; k < KEYS; ++k) sums[r][k] = fma(key[k].odd, odd, fma(key[k].even, even, sums[r][k]));
     }
   }
-#if SACCADE_LANES == 8 && defined(__AVX__)
-  if constexpr (ROWS == 4) {  // a row's sum of each key, with the bits that sum() gives it
+#if SACCADE_LANES == 8 && defined(__AVX2__)
+  if constexpr (ROWS == 4) {  // with the bits of sum()
 #pragma GCC unroll 2
     for (int k = 0; k < KEYS; ++k) {
-      const auto half = [&](int r) { return _mm_add_ps(_mm256_castps256_ps128((__m256)sums[r][k]), _mm256_extractf128_ps((__m256)sums[r][k], 1)); };
-      const auto quarters = [](__m128 a, __m128 b) { return _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); };
-      const __m128 low = quarters(half(0), half(1)), high = quarters(half(2), half(3));
-      float each[4];
-      _mm_storeu_ps(each, _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
+      const __m256 of_key[4] = {(__m256)sums[0][k], (__m256)sums[1][k], (__m256)sums[2][k], (__m256)sums[3][k]};
+      float all[4];
+      four_sums(of_key, all);
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) scores[r * scores_stride + k] = each[r];
+      for (int r = 0; r < 4; ++r) scores[r * scores_stride + k] = all[r];
     }
     return;
   }

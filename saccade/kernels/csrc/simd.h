@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "four_sums.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -116,13 +118,7 @@ inline int32_t total(Sum sum) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
-inline void totals(const Sum (&sum)[4], int32_t (&all)[4]) {
-  const auto half = [&](int i) { return _mm_add_epi32(_mm256_castsi256_si128(sum[i]), _mm256_extracti128_si256(sum[i], 1)); };
-  const auto quarters = [](__m128i a, __m128i b) { return _mm_add_epi32(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)); };
-  const __m128i low = quarters(half(0), half(1)), high = quarters(half(2), half(3));
-  const __m128i four = _mm_add_epi32(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(all), four);
-}
+inline void totals(const Sum (&sum)[4], int32_t (&all)[4]) { four_sums(sum, all); }
 
 inline Int8 low_nibbles(Int8 packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
 inline Int8 high_nibbles(Int8 packed) { return low_nibbles(_mm256_srli_epi16(packed, 4)); }
@@ -304,12 +300,7 @@ inline float total(Float sum) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline void totals(const Float (&sum)[4], float (&all)[4]) {  // each with the bits `total` gives it
-  const auto half = [&](int i) { return _mm_add_ps(_mm256_castps256_ps128(sum[i]), _mm256_extractf128_ps(sum[i], 1)); };
-  const auto quarters = [](__m128 a, __m128 b) { return _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); };
-  const __m128 low = quarters(half(0), half(1)), high = quarters(half(2), half(3));
-  _mm_storeu_ps(all, _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
-}
+inline void totals(const Float (&sum)[4], float (&all)[4]) { four_sums(sum, all); }  // the bits of `total`
 inline Float widen(const BFloat16* p) {
   const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));

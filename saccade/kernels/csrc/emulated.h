@@ -240,7 +240,6 @@ inline __m512i _mm512_maddubs_epi16(__m512i u, __m512i s) {  // saturates
 
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
-inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }  // b where one is NaN
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) { return a < b ? a : b; }

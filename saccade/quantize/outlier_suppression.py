@@ -1,9 +1,8 @@
 """anti_method m2: for each norm, a search for how far its outlier channels are scaled down (section 5).
 
 The range migration of Outlier Suppression+ (arXiv:2304.09145, section 4.3) without the shift. A candidate is a threshold t; channels
-beyond it are divided until they fit. Its loss is what quantizing both sides does to the output of an objective.
-The winner is decided by losses in T, so every operation here has the reference's order; what is shared between candidates is only
-what stays equal bit for bit. Knows tensors; knows no model. Letters: N tokens or patches, H inputs, O outputs, D head size.
+beyond it are divided until they fit. Its loss is what quantizing both sides does to the output of an objective (objectives.py); what a
+loss costs, and when it is given up, is trials.py's. Knows tensors; knows no model. Letters: N tokens or patches, H inputs, O outputs.
 """
 
 from __future__ import annotations

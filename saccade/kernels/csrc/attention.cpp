@@ -275,16 +275,16 @@ struct Kept {
   }
   const C* key(int64_t slot) const { return static_cast<const C*>(op.k) + slot * op.k_stride + head * size(); }
   const C* value(int64_t slot) const { return static_cast<const C*>(op.v) + slot * op.v_stride + head * size(); }
-  // Where `count` keys from `first` on and their values lie.
-  void rows(int64_t first, int64_t count, const C** keys, const C** values) const {
+  // Where `count` keys from `first` on and their values lie, of bfloat16.
+  void rows(int64_t first, int64_t count, const Bf16** keys, const Bf16** values) const {
     int64_t at = 0, left = 0;  // in its block: divisions for each key would take as long as its products
     for (int64_t i = 0; i < count; ++i, ++at, --left) {
       if (left == 0) {
         at = slot(first + i);
         left = op.block_tables ? op.block_size - (first + i) % op.block_size : count;
       }
-      keys[i] = key(at);
-      values[i] = value(at);
+      keys[i] = reinterpret_cast<const Bf16*>(key(at));
+      values[i] = reinterpret_cast<const Bf16*>(value(at));
     }
   }
   int64_t size() const { return op.head_dim + (std::is_same_v<C, int8_t> ? sizeof(float) : 0); }
@@ -401,7 +401,6 @@ struct Job {
   int64_t first_row, num_rows;
   int64_t first_key, end_key;
   int64_t num_pieces;  // the jobs, this one first, that share these rows
-  bool is_few;         // of a sequence with at most FEW_QUERIES
   float* partial;      // null: the result goes to op.out. Else [num_rows, width + 2]: sums, largest score, total
 };
 
@@ -427,8 +426,8 @@ void attend(const SaccadeAttention& op, const Job& job) {
 
   Buffers<T> buffers(head_dim, num_rows);
   const int64_t depth = buffers.depth, width = buffers.width;
-  constexpr bool CAN_BE_READ = std::is_same_v<T, float> && std::is_same_v<C, Bf16>;  // keys and values, where they lie
-  const bool is_read = CAN_BE_READ && job.is_few && head_dim % PAIR == 0;
+  // Whether few queries read keys and values where they lie.
+  const bool is_read = std::is_same_v<T, float> && std::is_same_v<C, Bf16> && queries <= FEW_QUERIES && head_dim % PAIR == 0;
   const auto query = [&](int64_t row) {
     const int64_t token = job.first_token + (job.first_row + row) / group;
     const int64_t head = job.head * group + (job.first_row + row) % group;
@@ -437,8 +436,7 @@ void attend(const SaccadeAttention& op, const Job& job) {
   for (int64_t row = 0; row < job.num_rows; ++row) {
     if (row + FETCH_ROWS < job.num_rows) fetch(query(row + FETCH_ROWS), head_dim * sizeof(X));
     convert(query(row), head_dim, buffers.q + row * depth, depth);
-    if constexpr (CAN_BE_READ)
-      if (is_read) part_pairs(buffers.q + row * depth, depth);
+    if (is_read) part_pairs<LANES>(reinterpret_cast<float*>(buffers.q + row * depth), depth);
   }
   memset(static_cast<void*>(buffers.q + job.num_rows * depth), 0, (num_rows - job.num_rows) * depth * sizeof(T));
   memset(buffers.sums, 0, num_rows * width * sizeof(float));
@@ -451,17 +449,18 @@ void attend(const SaccadeAttention& op, const Job& job) {
   for (int64_t key = job.first_key; key < job.end_key; key += BLOCK) {
     const int64_t count = smaller_of(BLOCK, job.end_key - key);
     const Bf16 *keys[BLOCK], *values[BLOCK];
-    if constexpr (CAN_BE_READ)
-      if (is_read) kept.rows(key, count, keys, values);
-    if (!is_read) pack(kept, key, count, buffers);
+    if (is_read)
+      kept.rows(key, count, keys, values);
+    else
+      pack(kept, key, count, buffers);
     for (int64_t row = 0; row < num_rows; row += TILE) {
       const int64_t rows = smaller_of(TILE, num_rows - row), real = smaller_of(TILE, job.num_rows - row);
       const int64_t seen = round_up(smaller_of(count, end_of(row + real - 1) - key), 32);
       if (seen <= 0) continue;
       const int64_t read = smaller_of(count, seen);  // keys, where they are read
-      if constexpr (CAN_BE_READ)
-        if (is_read) score_few(buffers.q + row * depth, depth, real, keys, values, read, head_dim, buffers.scores, BLOCK);
-      if (!is_read)
+      if (is_read)
+        score_few(reinterpret_cast<float*>(buffers.q + row * depth), depth, real, keys, values, read, head_dim, buffers.scores, BLOCK);
+      else
         multiply<T>(reinterpret_cast<uint32_t*>(buffers.q + row * depth), depth / per_word<T>, rows,
                     reinterpret_cast<uint32_t*>(buffers.keys), depth / per_word<T> * PANEL, seen / PANEL,
                     depth / per_word<T>, buffers.scores, BLOCK, false);
@@ -479,9 +478,9 @@ void attend(const SaccadeAttention& op, const Job& job) {
         if (shrink != 1.0f)
           for (int64_t j = 0; j < width; j += LANES) store(sums + j, load(sums + j) * splat(shrink));
       }
-      if constexpr (CAN_BE_READ)
-        if (is_read) add_few(buffers.weights, BLOCK, real, values, read, head_dim, buffers.sums + row * width, width);
-      if (!is_read)
+      if (is_read)
+        add_few(reinterpret_cast<float*>(buffers.weights), BLOCK, real, values, read, head_dim, buffers.sums + row * width, width);
+      else
         multiply<T>(reinterpret_cast<uint32_t*>(buffers.weights), BLOCK / per_word<T>, rows,
                     reinterpret_cast<uint32_t*>(buffers.values), BLOCK / per_word<T> * PANEL, width / PANEL,
                     seen / per_word<T>, buffers.sums + row * width, width, true);
@@ -491,7 +490,7 @@ void attend(const SaccadeAttention& op, const Job& job) {
 
   for (int64_t row = 0; row < job.num_rows; ++row) {
     float* sums = buffers.sums + row * width;
-    if (is_read) join_pairs(sums, width);
+    if (is_read) join_pairs<LANES>(sums, width);
     if (job.partial) {
       float* to = job.partial + row * (width + 2);
       memcpy(to, sums, width * sizeof(float));
@@ -541,12 +540,12 @@ void each_job(const SaccadeAttention& op, Take&& take) {
     for (int64_t head = 0; head < op.num_kv_heads; ++head) {
       if (num_pieces > 1) {
         for (int64_t key = 0; key < context; key += PIECE)
-          take({s, head, first_token, 0, rows, key, smaller_of(key + PIECE, context), num_pieces, true, nullptr});
+          take({s, head, first_token, 0, rows, key, smaller_of(key + PIECE, context), num_pieces, nullptr});
       } else {
         for (int64_t row = 0; row < rows; row += MAX_ROWS) {
           const int64_t count = smaller_of(MAX_ROWS, rows - row);
           const int64_t end = op.causal ? context - queries + (row + count - 1) / group + 1 : context;
-          take({s, head, first_token, row, count, 0, end, 1, queries <= FEW_QUERIES, nullptr});
+          take({s, head, first_token, row, count, 0, end, 1, nullptr});
         }
       }
     }

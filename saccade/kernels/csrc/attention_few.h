@@ -4,7 +4,7 @@
 // widened where it lies, the even numbers by a shift, the odd ones by a mask; queries and sums are in that order too.
 #pragma once
 
-#include "four_sums.h"
+#include "lanes.h"
 #include "vector.h"
 
 namespace saccade::SACCADE_ISA {
@@ -29,40 +29,6 @@ inline void fetch(const void* from, int64_t bytes) {
   __builtin_prefetch(at + bytes - 1);
 }
 
-// Into a register: compilers would load it once for each of its products, which then wait for loads.
-inline Floats loaded(const float* at) {
-  Floats v = load(at);
-#if defined(SACCADE_EMULATED)
-#elif defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
-// A row of `count` floats, even ones of each PAIR before its odd ones; and back.
-inline void part_pairs(float* row, int64_t count) {
-  for (int64_t first = 0; first < count; first += PAIR, row += PAIR) {
-    float joined[PAIR];
-    memcpy(joined, row, sizeof joined);
-    for (int i = 0; i < LANES; ++i) {
-      row[i] = joined[2 * i];
-      row[LANES + i] = joined[2 * i + 1];
-    }
-  }
-}
-inline void join_pairs(float* row, int64_t count) {
-  for (int64_t first = 0; first < count; first += PAIR, row += PAIR) {
-    float parted[PAIR];
-    memcpy(parted, row, sizeof parted);
-    for (int i = 0; i < LANES; ++i) {
-      row[2 * i] = parted[i];
-      row[2 * i + 1] = parted[LANES + i];
-    }
-  }
-}
-
 // scores[r * scores_stride + k] = q[r] . keys[k], for ROWS rows of q, `q_stride` floats apart, and KEYS keys.
 template <int ROWS, int KEYS>
 void score(const float* q, int64_t q_stride, const Bf16* const* keys, int64_t head_dim, float* scores, int64_t scores_stride) {
@@ -73,7 +39,7 @@ void score(const float* q, int64_t q_stride, const Bf16* const* keys, int64_t he
     for (int k = 0; k < KEYS; ++k) key[k] = widen_pairs(keys[k] + i);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const Floats even = loaded(q + r * q_stride + i), odd = loaded(q + r * q_stride + i + LANES);
+      const Floats even = load(q + r * q_stride + i), odd = load(q + r * q_stride + i + LANES);
 #pragma GCC unroll 2
       for (int k = 0; k < KEYS; ++k) sums[r][k] = fma(key[k].odd, odd, fma(key[k].even, even, sums[r][k]));
     }

@@ -277,16 +277,7 @@ struct WideHalves : RowMajor<BFloat16, Floats> {
   static constexpr int64_t ADVANCE = STEP, VALUES = STEP;
   static Sum zero() { return {zero_float(), zero_float()}; }
   static Right input(const float* x) { return x; }
-  static void arrange(float* x, int64_t count) {
-    for (int64_t column = 0; column < count; column += STEP, x += STEP) {
-      float block[STEP];
-      memcpy(block, x, sizeof block);
-      for (int i = 0; i < FLOATS; ++i) {
-        x[i] = block[2 * i];
-        x[FLOATS + i] = block[2 * i + 1];
-      }
-    }
-  }
+  static void arrange(float* x, int64_t count) { part_pairs<FLOATS>(x, (count + STEP - 1) / STEP * STEP); }
   static TwoFloats widened(Int8 halves) { return {widen_even(halves), widen_odd(halves)}; }
   static TwoFloats at(const BFloat16* from, Group) { return widened(load(reinterpret_cast<const int8_t*>(from))); }
   static TwoFloats end(const BFloat16* from, int64_t count, Group) {

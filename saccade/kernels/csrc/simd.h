@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "four_sums.h"
+#include "lanes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -57,6 +57,17 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
     assert "--verbose" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "help_command"),
+    [(["askk"], "saccade --help"), (["ask", "hi", "--nothing"], "saccade ask --help"), (["ask"], "saccade ask --help")],
+)
+def test_wrong_usage_names_a_help_that_exists(run: Run, arguments: list[str], help_command: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert f"({help_command} tells more)" in err
+    assert run(*help_command.split()[1:])[0] == 0
+
+
 def test_a_question_about_a_picture_is_answered(run: Run, tiny_checkpoint: Path, photo: Path) -> None:
     arguments = [
         "ask",

@@ -63,11 +63,11 @@ def main() -> None:
     for noisy in ("PIL", "httpx", "httpcore", "urllib3", "filelock", "huggingface_hub", "matplotlib", "libav"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        program(standalone_mode=False)
+        program(prog_name="saccade", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.UsageError as error:
-        where = f" (saccade {error.ctx.command.name} --help tells more)" if error.ctx and error.ctx.command.name else ""
+        where = f" ({error.ctx.command_path} --help tells more)" if error.ctx else ""
         _fail(f"{error.format_message()}{where}", 2)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)

@@ -149,10 +149,7 @@ struct EachRun {
         for (int r = 0; r < COUNT; ++r) {
           const PanelWords row = PanelWords{} + static_cast<int32_t>(x[r * x_stride + k + word]);
 #pragma GCC unroll 8
-          for (int v = 0; v < VECTORS; ++v) {
-            pairs[r][v] = add_pairs(pairs[r][v], multiply_pairs((Int8)row, columns[v]));
-            in_register(pairs[r][v]);
-          }
+          for (int v = 0; v < VECTORS; ++v) add_pairs_to(pairs[r][v], multiply_pairs((Int8)row, columns[v]));
         }
       }
 #pragma GCC unroll 8

@@ -183,10 +183,8 @@ void add_products(const NibbleVectors<VECTORS>&, Sum (&sum)[M], const uint8_t* f
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const WholeBlock& block = x[m * VECTORS + v];
-      pairs[m] = add_pairs(pairs[m], multiply_pairs(w.low, load(block.values[0])));
-      in_register(pairs[m]);
-      pairs[m] = add_pairs(pairs[m], multiply_pairs(w.high, load(block.values[1])));
-      in_register(pairs[m]);
+      add_pairs_to(pairs[m], multiply_pairs(w.low, load(block.values[0])));
+      add_pairs_to(pairs[m], multiply_pairs(w.high, load(block.values[1])));
     }
   }
 #pragma GCC unroll 8

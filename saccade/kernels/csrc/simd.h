@@ -16,20 +16,6 @@
 
 namespace saccade::SACCADE_ISA {
 
-// Makes a value now, in a register: else compilers make products far ahead of their sums, which end up in memory.
-template <class V>
-inline void in_register(V& value) {
-#if defined(SACCADE_EMULATED)  // whose vectors fit no register
-  (void)value;
-#elif defined(__AVX512F__)
-  asm("" : "+v"(value));
-#elif defined(__SSE2__)
-  asm("" : "+x"(value));
-#else
-  (void)value;
-#endif
-}
-
 #if defined(__AVX512BW__)
 
 constexpr int BYTES = 64;
@@ -83,6 +69,13 @@ inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheape
 }
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm512_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm512_add_epi16(a, b); }
+inline void add_pairs_to(Int8& sum, Int8 pairs) {
+#if defined(SACCADE_EMULATED)
+  sum = add_pairs(sum, pairs);
+#else
+  asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(pairs));
+#endif
+}
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm512_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline void store(void* p, Int8 values) { _mm512_storeu_si512(p, values); }
@@ -156,6 +149,13 @@ inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheape
 }
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm256_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm256_add_epi16(a, b); }
+inline void add_pairs_to(Int8& sum, Int8 pairs) {
+#if defined(SACCADE_EMULATED)
+  sum = add_pairs(sum, pairs);
+#else
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
+#endif
+}
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm256_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 inline void store(void* p, Int8 values) { _mm256_storeu_si256(static_cast<__m256i*>(p), values); }

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
 from saccade.base.ranks import Ranks, disconnect, launched_size
 from saccade.checkpoints.config import ModelConfig
-from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors, linears, open_checkpoint
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, InPlace, expected_tensors, linears, open_checkpoint
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
@@ -94,9 +95,11 @@ class LLM:
     `model` is a checkpoint folder, a hub id, or "demo" for the small model that ships with Saccade. Keywords are the fields
     of EngineOptions; `media` sets defaults for every picture and video, `limits` what is refused unread. One thread at a time.
     With tensor_parallel=N, N - 1 more processes are started; under torchrun the constructor returns on rank 0 only, all other
-    ranks serve it and then exit. `close`, or the program's end, sends them home.
+    ranks serve it and then exit. `close`, or the program's end, sends them home. `load_s`: seconds until the model was ready.
     Raises CheckpointError, DeviceError or OptionError before anything long begins.
     """
+
+    load_s: float
 
     def __init__(
         self,
@@ -107,12 +110,14 @@ class LLM:
         kernels: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
+        start_s = time.perf_counter()
         self.options = from_mapping(EngineOptions, options)
         folder = resolve(model, source=self.options.source, revision=self.options.revision)
         checkpoint = open_checkpoint(folder)
         tokenizer = ChatTokenizer(folder, checkpoint.config)
         start = {"model": str(folder), "kernels": dict(kernels or {}), **dataclasses.asdict(self.options)}
         self._open(checkpoint.config, checkpoint, tokenizer, media, limits, kernels, start)
+        self.load_s = time.perf_counter() - start_s
 
     @classmethod
     def from_source(
@@ -128,9 +133,11 @@ class LLM:
         **options: Any,
     ) -> LLM:
         """The same over numbers that come from elsewhere than a checkpoint: random ones for a benchmark."""
+        start_s = time.perf_counter()
         llm = cls.__new__(cls)
         llm.options = from_mapping(EngineOptions, options)
         llm._open(config, source, tokenizer, media, limits, kernels)
+        llm.load_s = time.perf_counter() - start_s
         return llm
 
     def _open(
@@ -169,7 +176,9 @@ class LLM:
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
         is_int8 = keeps_int8_cache(config, options)
-        filling = Filling(source, dtype, device, scheme, folds_keys=is_int8)
+        is_used_as_it_is = device.type == "cpu" and scheme.is_dense and crew.ranks.is_alone
+        in_place = InPlace(source) if options.mmap and is_used_as_it_is and isinstance(source, Checkpoint) else None
+        filling = Filling(source, dtype, device, scheme, is_int8, in_place)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance, within_memory(device, LOAD_REMEDY):
             for _ in model.load(filling):
                 advance(1)
@@ -481,6 +490,8 @@ def quantize(
     Killed at any moment, the same call goes on where it was. Raises OptionError, CheckpointError, MediaError or PromptError
     before the long work begins.
     """
+    if verify is not None and not callable(verify):
+        raise OptionError(f"verify is {verify!r}; give what saccade.verify.after.verifier makes, or leave it out")
     job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, statistics=statistics, **options)
     return quantize_best(job, force=force, verify=verify)
 

@@ -177,6 +177,13 @@ def test_every_stage_is_measured_in_every_repeat(result: BenchResult) -> None:
     assert result.peak_memory_bytes > 50e6
 
 
+def test_what_happens_once_is_told_apart(llm: LLM, result: BenchResult) -> None:
+    assert result.load_s == llm.load_s > 0
+    assert result.first_answer_s > 0
+    shown = dataclasses.replace(result, load_s=1.25, first_answer_s=3.5).conditions()
+    assert shown.startswith("ready in 1.25 s, first answer in 3.50 s\n")
+
+
 def test_stages_account_for_the_total(result: BenchResult) -> None:
     once = [stage.seconds for stage in result.stages if stage.name not in ("decoded token", "total")]
     tokens, totals = result.stage("decoded token").seconds, result.stage("total").seconds

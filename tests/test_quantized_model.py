@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api import plan
+from saccade.api import plan, quantize
 from saccade.base.errors import CheckpointError, OptionError
 from saccade.bench.model import random_llm
-from saccade.checkpoints import ascend
+from saccade.checkpoints import ascend, formats
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.model.language import WholeSequences
 from saccade.model.layers import Linear, size_bytes
@@ -245,3 +245,35 @@ def test_layers_whose_columns_groups_do_not_divide_take_what_fits(tiny_checkpoin
 def test_what_needs_calibration_is_refused_before_loading(tiny_checkpoint: Path) -> None:
     with pytest.raises(OptionError, match="needs activations measured"):
         open_llm(tiny_checkpoint, quantization="w8a8")
+
+
+# --- weights where they lie in the files -----------------------------------------------------------------------------
+
+
+def mapped_bytes(llm: LLM, folder: Path) -> int:
+    """Of the linears' values, how many bytes are memory of the folder's one file."""
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    values = [layer.weight.values for layer in linears(llm)]
+    return sum(tensor.nbytes for tensor in values if tensor.untyped_storage().nbytes() == file_bytes)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8"])
+def test_what_is_written_for_serving_is_used_where_it_lies(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """All of it: what runs as one product lies side by side."""
+    monkeypatch.setattr(formats, "MAPPED_BYTES", 0)
+    quantize(tiny_checkpoint, tmp_path / "out", scheme=scheme, smooth="none", rounding="rtn")
+    llm = open_llm(tmp_path / "out")
+    assert mapped_bytes(llm, tmp_path / "out") == sum(layer.weight.values.nbytes for layer in linears(llm))
+    copied = open_llm(tmp_path / "out", mmap=False)
+    assert mapped_bytes(copied, tmp_path / "out") == 0
+    assert torch.equal(logits_of(llm), logits_of(copied))
+
+
+def test_float_weights_are_used_where_they_lie_unless_another_type_is_asked_for(tiny_checkpoint: Path) -> None:
+    llm, copied = open_llm(tiny_checkpoint), open_llm(tiny_checkpoint, mmap=False)
+    assert mapped_bytes(llm, tiny_checkpoint) > 0
+    assert mapped_bytes(copied, tiny_checkpoint) == 0
+    assert torch.equal(logits_of(llm), logits_of(copied))
+    assert mapped_bytes(open_llm(tiny_checkpoint, dtype="bfloat16"), tiny_checkpoint) == 0

@@ -92,6 +92,8 @@ class BenchResult:
     tokens_out: int
     tokens_per_step: float  # of the answers' decoding; more than 1 where guesses were right
     warmup: int
+    load_s: float  # until the model was ready, from the constructor on
+    first_answer_s: float  # of the first, warm-up or not: what is made once is in it
     stages: tuple[Stage, ...]  # in the order of STAGES
     peak_memory_bytes: int  # of the process, loading included
     peak_device_bytes: int | None  # of the GPU's allocator
@@ -128,11 +130,12 @@ class BenchResult:
         )
 
     def conditions(self) -> str:
-        """Where and how it was measured, in two lines."""
+        """Where and how it was measured, in three lines."""
         machine = self.machine
         threads = f"{machine.num_threads} thread" + ("" if machine.num_threads == 1 else "s")
         place = machine.processor if machine.device == "cpu" else machine.device
         return (
+            f"ready in {_time(self.load_s)}, first answer in {_time(self.first_answer_s)}\n"
             f"{place}, {threads}, {machine.dtype}, torch {machine.versions['torch']}; "
             f"load average {self.load_average:.1f}; {len(self.stages[0].seconds)} repeats after {self.warmup}\n"
             f"limits measured here: {machine.bytes_per_s / 1e9:.1f} GB/s ({machine.bandwidth_method}), "
@@ -197,6 +200,7 @@ def bench(
         for _ in range(options.warmup + options.repeat):
             runs.append(_answer(llm, messages, params))
             advance(1)
+    first_answer_s = runs[0][1]
     runs = runs[options.warmup :]
     output = runs[0][0]
     tokens_out = _tokens_out(runs)
@@ -216,6 +220,8 @@ def bench(
         tokens_out=tokens_out,
         tokens_per_step=statistics.median(_tokens_per_step(answer, tokens_out) for answer, _ in runs),
         warmup=options.warmup,
+        load_s=llm.load_s,
+        first_answer_s=first_answer_s,
         stages=_stages(seconds, works, tokens_out, machine),
         peak_memory_bytes=peak,
         peak_device_bytes=peak_device,

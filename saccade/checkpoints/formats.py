@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -61,14 +61,14 @@ class Checkpoint:
         return list(self.file_names)
 
     def info(self, name: str) -> TensorInfo:
-        return self.shards.info(self._in_file(name))
+        return self.shards.info(self.in_file(name))
 
     def tensor(self, name: str) -> Tensor:
-        return self.shards.read(self._in_file(name))
+        return self.shards.read(self.in_file(name))
 
     def read_into(self, name: str, out: Tensor, rows: slice | None = None, columns: slice | None = None) -> None:
         """See `Shards.read_into`."""
-        self.shards.read_into(self._in_file(name), out, rows, columns)
+        self.shards.read_into(self.in_file(name), out, rows, columns)
 
     def is_quantized(self, module: str) -> bool:
         return self.stored is not None and self.stored.is_quantized(module)
@@ -107,12 +107,54 @@ class Checkpoint:
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Reads these tensors (all by default). Raises CheckpointError for the first that holds NaN or an infinity."""
         for name in self.file_names if names is None else names:
-            self.shards.check_finite(self._in_file(name))
+            self.shards.check_finite(self.in_file(name))
 
-    def _in_file(self, name: str) -> str:
+    def in_file(self, name: str) -> str:
+        """What the file calls it."""
         if name not in self.file_names:
             raise CheckpointError(f"{self.folder} holds no {name}{_nearest(name, self.file_names)}")
         return self.file_names[name]
+
+
+MAPPED_BYTES = 1 << 16  # smaller tensors are copied: what is made of them is
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """The same numbers where they lie in the files, mapped into memory, for a model that uses them as they are."""
+
+    checkpoint: Checkpoint
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint
+
+    def info(self, name: str) -> TensorInfo:
+        return self.checkpoint.info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        is_large = self.info(name).nbytes >= MAPPED_BYTES and self._lie_together([name])
+        return self._rows([name]) if is_large else self.checkpoint.tensor(name)
+
+    def rows(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        """The rows of these tensors one after the other, None if they do not lie so, or are of another type."""
+        is_there = self.info(names[0]).dtype == dtype and self._lie_together(names)
+        return self._rows(names) if is_there else None
+
+    def weights(self, modules: Sequence[str]) -> dict[str, Weight] | None:
+        """The quantized weights of linears whose values lie so, as the model holds them; else None, and of dense ones, too."""
+        checkpoint, names = self.checkpoint, [f"{module}.weight" for module in modules]
+        stored = checkpoint.stored
+        if stored is None or not all(name in self for name in names) or not self._lie_together(names):
+            return None
+        if not all(stored.is_quantized(module) for module in modules):
+            return None
+        return {module: stored.read(self, module) for module in modules}
+
+    def _lie_together(self, names: Sequence[str]) -> bool:
+        return self.checkpoint.shards.lie_together([self.checkpoint.in_file(name) for name in names])
+
+    def _rows(self, names: Sequence[str]) -> Tensor:
+        return self.checkpoint.shards.mapped([self.checkpoint.in_file(name) for name in names])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,19 +1,23 @@
 """Tensors by name out of safetensors files.
 
 Knows the safetensors format, the shard index and the file system; knows no model: names are opaque here.
-Opening reads headers only. A body is read once, straight into the memory it is meant for; nothing is mapped.
+Opening reads headers only. A body is read once, straight into the memory it is meant for, or used where it lies, mapped.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import mmap
 import os
 import stat
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_INDEX_BYTES = 64 << 20
 MAX_DIMENSIONS = 16
 CHUNK_BYTES = 16 << 20  # what a conversion, a check or a copy holds at a time
+MADV_POPULATE_READ = 22  # Linux 5.14: puts pages in place, and says so if it cannot; Python has no name for it
 
 # The format's name of each type torch has.
 DTYPES: dict[str, torch.dtype] = {
@@ -76,8 +81,9 @@ class Shards:
         self.folder = folder
         self._tensors: dict[str, TensorInfo] = {}
         self._stamps: dict[Path, tuple[int, int, int]] = {}  # inode, size, time: the file the header was read from
+        self._mapped: dict[Path, tuple[mmap.mmap, Tensor]] = {}
         self._bytes_read = 0
-        self._count = threading.Lock()
+        self._lock = threading.Lock()
         single = folder / "model.safetensors"
         indexes = sorted(folder.glob("*.safetensors.index.json"))
         if single.exists():
@@ -150,6 +156,47 @@ class Shards:
                     block = chunk.view(-1, *info.shape[1:])
                     row = first_value * info.dtype.itemsize // row_bytes
                     out[row : row + len(block)].copy_(block if columns is None else block[:, left:right])
+
+    def lie_together(self, names: Sequence[str]) -> bool:
+        """Whether the rows of the last of these tensors follow those of the first in one file, all between them included."""
+        first, *_ = infos = [self.info(name) for name in names]
+        return (
+            first.offset % first.dtype.itemsize == 0
+            and first.numel > 0
+            and first.shape != ()
+            and all(
+                (after.file, after.offset) == (before.file, before.offset + before.nbytes)
+                and (after.dtype, after.shape[1:]) == (before.dtype, before.shape[1:])
+                for before, after in pairwise(infos)
+            )
+        )
+
+    def mapped(self, names: Sequence[str]) -> Tensor:
+        """The rows of tensors that lie together as one tensor, where they lie: nothing is copied.
+
+        Its memory is the system's cache of the file, shared with whoever else maps it, for as long as the tensor lives; pages that
+        are written to become this process's own. All of it is there when this returns (Linux 5.14 and later). A file that is
+        overwritten later changes the tensor; one that is cut short ends the process where it is read.
+        """
+        assert self.lie_together(names), f"{', '.join(names)} do not lie together"
+        first, last = self.info(names[0]), self.info(names[-1])
+        end = last.offset + last.nbytes
+        with self._open(first) as file, self._lock:
+            if first.file not in self._mapped:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._mapped[first.file] = memory, torch.frombuffer(memory, dtype=torch.uint8)
+            memory, whole = self._mapped[first.file]
+            self._bytes_read += end - first.offset
+        if sys.platform == "linux":
+            page = first.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                memory.madvise(MADV_POPULATE_READ, page, end - page)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # of an older kernel, where pages come when they are touched
+                    where = f"{', '.join(names)} cannot be read from {first.file}"
+                    raise CheckpointError(f"{where}: {error.strerror or error}; fetch the file again") from error
+        rows = sum(self.info(name).shape[0] for name in names)
+        return whole[first.offset : end].view(first.dtype).view(rows, *first.shape[1:])
 
     def check_finite(self, name: str) -> None:
         """Reads the tensor in chunks. Raises CheckpointError naming tensor, file and place of the first NaN or infinity."""
@@ -260,7 +307,7 @@ class Shards:
                     f"{info.offset + info.nbytes}; the file was truncated, fetch it again"
                 )
             done += count
-        with self._count:
+        with self._lock:
             self._bytes_read += done
 
     def _chunks(

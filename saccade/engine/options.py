@@ -106,6 +106,9 @@ class EngineOptions:
     prefix_cache: bool = option(True, "reuses what is known of a prompt's beginning, pictures included")
     encoder_cache_bytes: int = option(512 * 2**20, "bytes of vision features kept for media seen before", low=0)
     tensor_parallel: int = option(1, "processes that share the model, each with a GPU of its own", low=1, high=64)
+    mmap: bool = option(
+        True, "on the CPU, uses weights where they lie in the system's cache of the files; off: reads a copy of its own"
+    )
     check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
 
     def __post_init__(self) -> None:

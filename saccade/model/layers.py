@@ -31,12 +31,22 @@ class TensorSource(Protocol):
         """The weight of the linear called `module` if the source holds it quantized, its bias included; else None."""
 
 
+class InPlace(Protocol):
+    """Numbers that are in memory already, to be used where they lie."""
+
+    def rows(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        """The rows of these tensors one after the other, if they lie so and in this type."""
+
+    def weights(self, modules: Sequence[str]) -> dict[str, Weight] | None:
+        """The quantized weights of these linears, if their values lie so."""
+
+
 @dataclass(frozen=True)
 class Filling:
     """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense.
 
     A layer whose columns the scheme's groups do not divide takes the one that `fitting` names. `folds_keys`: scales are moved
-    from keys to queries (see key_fold.py).
+    from keys to queries (see key_fold.py). What is `in_place` is not copied from `source`.
     """
 
     source: TensorSource
@@ -44,9 +54,12 @@ class Filling:
     device: torch.device
     scheme: Scheme = DENSE
     folds_keys: bool = False
+    in_place: InPlace | None = None
 
     def tensor(self, *row: int, parts: Mapping[str, int]) -> Tensor:
         """The tensors named in `parts` (name -> rows) one after the other; `row` is the shape of a row."""
+        if self.in_place is not None and (lying := self.in_place.rows(list(parts), self.dtype)) is not None:
+            return lying.to(self.device)
         out = torch.empty(sum(parts.values()), *row, dtype=self.dtype)
         start = 0
         for name, rows in parts.items():
@@ -105,6 +118,8 @@ class Linear(nn.Module):
 
     def _stored(self, filling: Filling) -> Weight | None:
         """The weight as the source holds it quantized, None if it does not. Parts are joined, one linear twice in memory."""
+        if filling.in_place is not None and (lying := filling.in_place.weights(list(self.parts))) is not None:
+            return stack(lying).to(filling.device, filling.dtype)
         found = {name: filling.source.weight(name) for name in self.parts}
         stored = {name: weight for name, weight in found.items() if weight is not None}
         if not stored:

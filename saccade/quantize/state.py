@@ -105,11 +105,12 @@ class State:
             self._remove_unfinished()
 
     def tensors(self) -> Iterator[tuple[str, Shards]]:
-        """Every tensor's name and where to read it, in order of writing."""
+        """Every tensor's name and where to read it, block by block, a block's weights first: what runs as one product (q, k, v) can
+        then be used where it lies."""
         for number in range(self.done):
             if any(self._part(number).glob("*.safetensors")):
                 part = Shards(self._part(number))
-                for name in part.names():
+                for name in sorted(part.names(), key=lambda name: not name.endswith((".weight", ".weight_packed"))):
                     yield name, part
 
     def remove(self) -> None:

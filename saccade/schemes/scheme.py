@@ -6,7 +6,7 @@ Letters: O outputs, H inputs, G columns in a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -217,7 +217,7 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
             deq_scale=torch.cat([static.deq_scale for static in statics]),
         )
     return Weight(
-        torch.cat([weight.values for weight in weights]),
+        side_by_side([weight.values for weight in weights]),
         _joined([weight.scale for weight in weights]),
         _joined([weight.bias for weight in weights]),
         first.scheme,
@@ -225,6 +225,17 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
         static,
         _joined([weight.zero for weight in weights]),
     )
+
+
+def side_by_side(pieces: Sequence[Tensor]) -> Tensor:
+    """[..., H] each: one after the other; a view where they lie so in memory."""
+    first, end = pieces[0], pieces[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for piece in pieces:
+        if not piece.is_contiguous() or piece.untyped_storage().data_ptr() != storage or piece.data_ptr() != end:
+            return torch.cat(list(pieces))
+        end += piece.nbytes
+    return first.as_strided((sum(len(piece) for piece in pieces), *first.shape[1:]), first.stride())
 
 
 def _joined(pieces: list[Tensor | None]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -315,3 +316,79 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a regular file"):
         Shards(tmp_path)
+
+
+# --- where they lie ----------------------------------------------------------------------------------------------------
+
+
+def neighbours(folder: Path) -> Shards:
+    """`a` and `b` follow each other; `c` has other columns, `d` another type, and `odd` begins where no float32 may."""
+    floats, bytes_ = {"a": [2, 3], "b": [1, 3], "c": [1, 2]}, {"d": [2, 2], "e": [1, 2]}
+    header, start = {}, 0
+    for name, shape in (floats | bytes_ | {"odd": [2]}).items():
+        end = start + math.prod(shape) * (1 if name in bytes_ else 4)
+        dtype = "I8" if name in bytes_ else "F32"
+        header[name], start = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}, end
+    write_raw(folder / "model.safetensors", header, bytes(range(start)))
+    return Shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(names, True) for names in ("a", "ab", "de")] + [(names, False) for names in ("ba", "ac", "bc", "cd", "abc")],
+)
+def test_tensors_lie_together_when_they_follow_each_other_and_are_alike(
+    tmp_path: Path, names: str, expected: bool
+) -> None:
+    assert neighbours(tmp_path).lie_together(list(names)) == expected
+
+
+def test_a_tensor_at_an_address_that_its_type_cannot_have_is_not_used_where_it_lies(tmp_path: Path) -> None:
+    assert not neighbours(tmp_path).lie_together(["odd"])
+
+
+def test_what_is_mapped_equals_what_is_read_in_memory_of_the_file(tmp_path: Path) -> None:
+    shards = neighbours(tmp_path)
+    both, again = shards.mapped(["a", "b"]), shards.mapped(["b"])
+    assert torch.equal(both, torch.cat([shards.read("a"), shards.read("b")]))
+    assert again.data_ptr() == both[2].data_ptr()
+    assert both.untyped_storage().nbytes() == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_writing_into_what_is_mapped_leaves_the_file_alone(tmp_path: Path) -> None:
+    shards = neighbours(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    shards.mapped(["a"]).fill_(7)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+    assert bool((shards.mapped(["a"]) == 7).all())
+
+
+def test_what_is_mapped_outlives_the_reader_and_the_file(tmp_path: Path) -> None:
+    expected = neighbours(tmp_path).read("a")
+    tensor = neighbours(tmp_path).mapped(["a"])
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(tensor, expected)
+
+
+def test_a_file_that_changed_is_not_mapped(tmp_path: Path) -> None:
+    shards = neighbours(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 100)
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        shards.mapped(["a"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are put in place by a call that Linux has")
+def test_a_mapped_file_that_was_cut_short_is_an_error_not_the_end_of_the_process(tmp_path: Path) -> None:
+    size = 1 << 20
+    header = {"a": {"dtype": "I8", "shape": [16], "data_offsets": [0, 16]}}
+    header["b"] = {"dtype": "I8", "shape": [size], "data_offsets": [16, 16 + size]}
+    path = write_raw(tmp_path / "model.safetensors", header)
+    os.truncate(path, path.stat().st_size + 16 + size)
+    shards = Shards(tmp_path)
+    shards.mapped(["a"])
+    status = path.stat()
+    os.truncate(path, 4096)
+    # As if it were cut between the check and the use.
+    shards._stamps[path] = (status.st_ino, 4096, path.stat().st_mtime_ns)
+    with pytest.raises(CheckpointError, match=r"b cannot be read from .*: Bad address; fetch the file"):
+        shards.mapped(["b"])

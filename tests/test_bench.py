@@ -12,6 +12,7 @@ import torch
 
 from saccade.api import LLM, messages_for
 from saccade.base.errors import OptionError
+from saccade.bench import machine as machine_module
 from saccade.bench.machine import MachineLimits, measure_machine
 from saccade.bench.measure import STAGES, BenchResult, bench
 from saccade.bench.model import random_llm
@@ -146,7 +147,7 @@ def test_an_unknown_size_names_the_nearest() -> None:
 
 def limits(bytes_per_s: float = 1e9, operations_per_s: float = 1e11) -> MachineLimits:
     return MachineLimits(
-        "cpu", "a test", 1, 1, 1, "bfloat16", bytes_per_s, "given", operations_per_s, 1, {"torch": "0"}
+        "cpu", "a test", 1, 1, 1, "bfloat16", bytes_per_s, "given", operations_per_s, "bfloat16", 1, {"torch": "0"}
     )
 
 
@@ -249,6 +250,23 @@ def test_the_machine_is_measured() -> None:
     assert machine.operations_per_s > 1e6
     assert machine.matrix_size in (64, 128)
     assert {"torch", "saccade", "python"} <= set(machine.versions)
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_type_the_processor_is_slow_in_is_not_multiplied_at_length(
+    monkeypatch: pytest.MonkeyPatch, slow: str, chosen: str
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def matmul(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, int]:
+        asked.append((str(dtype).removeprefix("torch."), size))
+        return (1e9 if asked[-1][0] == slow else 1e11), size
+
+    monkeypatch.setattr(machine_module, "_matmul", matmul)
+    machine = measure_machine(torch.device("cpu"), torch.bfloat16, buffer_bytes=8 << 20)
+    assert machine.matrix_dtype == chosen
+    assert machine.operations_per_s == 1e11
+    assert (slow, machine.matrix_size) not in asked
 
 
 def test_options_of_a_random_model_need_one() -> None:

@@ -20,6 +20,7 @@ BUFFER_BYTES = 2 << 30  # beyond every cache: server processors report up to 480
 ATTEMPTS = 5  # the best counts: other programs and clocks only ever slow a machine down
 CPU_MATRICES = (2048, 4096)
 CUDA_MATRICES = (4096, 8192)
+SMALL_MATRIX = 256
 PACKAGES = ("numpy", "pillow", "av", "tokenizers", "transformers")
 
 
@@ -35,7 +36,8 @@ class MachineLimits:
     dtype: str
     bytes_per_s: float  # read from memory, the best of several ways
     bandwidth_method: str
-    operations_per_s: float  # of a square matrix product in dtype
+    operations_per_s: float  # of a square matrix product
+    matrix_dtype: str  # in which that is: dtype, or float32 where the processor is faster in it
     matrix_size: int
     versions: dict[str, str]
 
@@ -51,7 +53,9 @@ def measure_machine(
     is_cpu = device.type == "cpu"
     free = available_memory_bytes() if is_cpu else torch.cuda.mem_get_info(device)[0]
     rate, method = _bandwidth(device, min(buffer_bytes, free // 4))
-    peak, size = max(_matmul(device, dtype, size) for size in matrices or (CPU_MATRICES if is_cpu else CUDA_MATRICES))
+    # Without instructions for 16 bits a large product of them takes minutes; a small one shows it.
+    product = max((dtype, torch.float32), key=lambda each: _matmul(device, each, SMALL_MATRIX)[0]) if is_cpu else dtype
+    peak, size = max(_matmul(device, product, size) for size in matrices or (CPU_MATRICES if is_cpu else CUDA_MATRICES))
     return MachineLimits(
         device="cpu" if is_cpu else torch.cuda.get_device_name(device),
         processor=processor_name(),
@@ -62,6 +66,7 @@ def measure_machine(
         bytes_per_s=rate,
         bandwidth_method=method,
         operations_per_s=peak,
+        matrix_dtype=str(product).removeprefix("torch."),
         matrix_size=size,
         versions=_versions(),
     )

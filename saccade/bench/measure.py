@@ -139,7 +139,8 @@ class BenchResult:
             f"{place}, {threads}, {machine.dtype}, torch {machine.versions['torch']}; "
             f"load average {self.load_average:.1f}; {len(self.stages[0].seconds)} repeats after {self.warmup}\n"
             f"limits measured here: {machine.bytes_per_s / 1e9:.1f} GB/s ({machine.bandwidth_method}), "
-            f"{machine.operations_per_s / 1e12:.3g} TFLOP/s ({machine.matrix_size} x {machine.matrix_size} matrices)"
+            f"{machine.operations_per_s / 1e12:.3g} TFLOP/s "
+            f"({machine.matrix_size} x {machine.matrix_size} matrices of {machine.matrix_dtype})"
         )
 
     def table(self) -> Table:

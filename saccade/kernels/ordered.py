@@ -1,8 +1,8 @@
 """Arithmetic in one fixed order: the same bits on every processor. Matrix products, causal attention, sums, softmax, gelu.
 
 The order is that of torch 2.13 with one thread on a processor with AVX-512 and bfloat16 instructions but no AMX (AMD's Zen 4), which
-wrote the reference quantizer's published results: docs/quantization-exact.md. In bfloat16 all of it is C++ (csrc/ordered.cpp); sums and
-softmax in float32 are, too. Everything else, and everything where the library is missing, is torch's, whose order is the processor's.
+wrote the reference quantizer's published results: docs/quantization-exact.md. In bfloat16 all of it is C++ (csrc/ordered*.cpp), as are
+sums and softmax in float32. Everything else, and everything where the library is missing, is torch's, whose order is the processor's.
 """
 
 from __future__ import annotations

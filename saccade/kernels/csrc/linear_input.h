@@ -272,7 +272,7 @@ Input<V> input_scales(int64_t rows) {
 }
 
 // All rows of x, in memory of this thread that lives until its next linear: TOGETHER of them side by side, a step of Weights of each
-// after the other. So they are read as one stream: rows some 4 KiB apart came a third more slowly out of the first-level cache.
+// after the other. So they are read as one stream, and none share a set of the cache because of their distance.
 template <int64_t TOGETHER, class T, class Weights>
 Input<typename Weights::Value> take_input(const LinearCall& call) {
   using V = typename Weights::Value;

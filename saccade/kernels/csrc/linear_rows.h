@@ -111,7 +111,9 @@ void multiply_by_rows(const LinearCall& call) {
                         call.rows * x.stride * int64_t{sizeof(Value)} > LARGE_INPUT;
   const int64_t turn = STREAM_ROWS < FEW_ROWS && (is_large || !IS_INTEGER) ? turn_columns<Weights>() : weights.columns;
   const int64_t next_output = reinterpret_cast<const char*>(weights.address(1, 0)) - reinterpret_cast<const char*>(weights.address(0, 0));
-  const int64_t ahead = is_large ? next_output : WEIGHT_AHEAD;
+  // Of a turn of columns, as much: the same columns of outputs that come later.
+  const int64_t outputs_ahead = (WEIGHT_AHEAD * weights.columns + turn * next_output - 1) / (turn * next_output);
+  const int64_t ahead = is_large ? outputs_ahead * next_output : WEIGHT_AHEAD;
   Shares shares((outputs + PIECE - 1) / PIECE);
   parallel([&](int thread, int) {
     const auto sums = static_cast<typename Weights::Number*>(

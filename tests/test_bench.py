@@ -33,6 +33,8 @@ from saccade.checkpoints.presets import PRESETS
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.geometry import Grid
 from saccade.kernels.library import load
+from saccade.schemes.scheme import W8A8_DYNAMIC
+from tests.quantized_folder import write_quantized
 
 # --- work: the table of the model's description, section 14, to its printed digits --------------------------------------
 
@@ -183,6 +185,21 @@ def test_what_happens_once_is_told_apart(llm: LLM, result: BenchResult) -> None:
     assert result.first_answer_s > 0
     shown = dataclasses.replace(result, load_s=1.25, first_answer_s=3.5).conditions()
     assert shown.startswith("ready in 1.25 s, first answer in 3.50 s\n")
+
+
+def test_a_quantized_decoder_is_not_held_against_the_bytes_of_a_float_tower(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_quantized(tiny_checkpoint, tmp_path / "w8a8", "compressed-tensors", W8A8_DYNAMIC)
+    options, told = BenchOptions(warmup=0, repeat=1), []
+    for folder in (tiny_checkpoint, tmp_path / "w8a8"):
+        llm = LLM(folder, device="cpu", dtype="float32", kv_cache_tokens=512)
+        told.append(bench(llm, QUESTION, EIGHT_TOKENS, options, machine=limits()))
+    dense, quantized = told
+    assert quantized.stage("vision").work.bytes == dense.stage("vision").work.bytes
+    saved = dense.stage("decoded token").work.bytes - quantized.stage("decoded token").work.bytes
+    layers = dense.config.text.num_layers * layer_weights(dense.config)
+    assert saved == pytest.approx(3 * layers, rel=0.1)  # of four bytes; scales take some
 
 
 def test_stages_account_for_the_total(result: BenchResult) -> None:

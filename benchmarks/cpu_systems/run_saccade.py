@@ -30,7 +30,13 @@ def main() -> None:
     torch.set_num_threads(cell.threads)
     start = time.perf_counter()
     llm = LLM(
-        cell.model, threads=cell.threads, kv_cache_tokens=4096, prefix_cache=False, speculation="off", **cell.options
+        cell.model,
+        threads=cell.threads,
+        kv_cache_tokens=4096,
+        prefix_cache=False,
+        speculation="off",
+        mmap=False,
+        **cell.options,
     )
     load_s = time.perf_counter() - start
 

@@ -208,9 +208,11 @@ def bench(
     peak = peak_memory_bytes()
     peak_device = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     machine = machine or measure_machine(model.device, model.dtype)
-    storage = Storage(bytes_per_linear_value(model), model.dtype.itemsize)
+    tower, decoder = (
+        Storage(bytes_per_linear_value(part), model.dtype.itemsize) for part in (model.visual, model.language)
+    )
     seconds = [_stage_seconds(answer, total, tokens_out) for answer, total in runs]
-    works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, storage)
+    works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, tower, decoder)
     result = BenchResult(
         model=_model_name(options, name),
         config=llm.config,
@@ -288,7 +290,12 @@ def _stage_seconds(output: RequestOutput, total_s: float, tokens_out: int) -> tu
 
 
 def stage_works(
-    config: ModelConfig, media: Sequence[MediaReceipt], tokens_in: int, tokens_out: int, storage: Storage
+    config: ModelConfig,
+    media: Sequence[MediaReceipt],
+    tokens_in: int,
+    tokens_out: int,
+    tower: Storage,
+    decoder: Storage,
 ) -> tuple[Work, ...]:
     """The least work of each stage but the total, in the order of STAGES; a decoded token stands for the mean of all.
 
@@ -300,12 +307,12 @@ def stage_works(
     resized = sum(3 * r.model_size[0] * r.model_size[1] * max(1, len(r.frame_indices)) for r in media)
     rows = sum(r.grid.num_patches for r in media) * vision.patch_values * 4
     grids = [receipt.grid for receipt in media]
-    decode = decode_all_work(config, tokens_in, tokens_out, storage)
+    decode = decode_all_work(config, tokens_in, tokens_out, decoder)
     return (
         Work(0, decoded),
         Work(0, decoded + 2 * resized + rows),
-        vision_work(config, grids, storage).total if grids else Work(),
-        prefill_work(config, tokens_in, storage),
+        vision_work(config, grids, tower).total if grids else Work(),
+        prefill_work(config, tokens_in, decoder),
         Work(decode.operations / (tokens_out - 1), decode.bytes / (tokens_out - 1)),
     )
 

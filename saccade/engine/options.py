@@ -107,7 +107,9 @@ class EngineOptions:
     encoder_cache_bytes: int = option(512 * 2**20, "bytes of vision features kept for media seen before", low=0)
     tensor_parallel: int = option(1, "processes that share the model, each with a GPU of its own", low=1, high=64)
     mmap: bool = option(
-        True, "on the CPU, uses weights where they lie in the system's cache of the files; off: reads a copy of its own"
+        True,
+        "on the CPU, uses weights where they lie in the system's cache of the files: ready at once; off: reads a copy, into large "
+        "pages where there are any",
     )
     check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
 

@@ -21,7 +21,15 @@ from saccade.base.meter import available_memory_bytes, progress
 from saccade.base.options import from_mapping, suggestion
 from saccade.base.ranks import Ranks, disconnect, launched_size
 from saccade.checkpoints.config import ModelConfig
-from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, InPlace, expected_tensors, linears, open_checkpoint
+from saccade.checkpoints.formats import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    MappedCheckpoint,
+    expected_tensors,
+    linears,
+    open_checkpoint,
+)
 from saccade.checkpoints.hub import resolve
 from saccade.engine.blocks import BlockPool
 from saccade.engine.engine import Engine
@@ -177,8 +185,9 @@ class LLM:
             source.check_finite()
         is_int8 = keeps_int8_cache(config, options)
         is_used_as_it_is = device.type == "cpu" and scheme.is_dense and crew.ranks.is_alone
-        in_place = InPlace(source) if options.mmap and is_used_as_it_is and isinstance(source, Checkpoint) else None
-        filling = Filling(source, dtype, device, scheme, is_int8, in_place)
+        is_mapped = options.mmap and is_used_as_it_is
+        in_place = MappedCheckpoint(source) if is_mapped and isinstance(source, Checkpoint) else None
+        filling = Filling(source, dtype, device, scheme, folds_keys=is_int8, in_place=in_place)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance, within_memory(device, LOAD_REMEDY):
             for _ in model.load(filling):
                 advance(1)
@@ -490,8 +499,7 @@ def quantize(
     Killed at any moment, the same call goes on where it was. Raises OptionError, CheckpointError, MediaError or PromptError
     before the long work begins.
     """
-    if verify is not None and not callable(verify):
-        raise OptionError(f"verify is {verify!r}; give what saccade.verify.after.verifier makes, or leave it out")
+    _require_callable(verify)
     job = quantization_job(model, out, recipe=recipe, device=device, threads=threads, statistics=statistics, **options)
     return quantize_best(job, force=force, verify=verify)
 
@@ -520,6 +528,12 @@ def quantization_job(
     )
 
 
+def _require_callable(verify: object) -> None:
+    """Called at the end of the long work, it would fail only there."""
+    if verify is not None and not callable(verify):
+        raise OptionError(f"verify is {verify!r}; give what saccade.verify.after.verifier makes, or leave it out")
+
+
 def quantize_exactly(
     model: str | os.PathLike[str],
     save_directory: str | os.PathLike[str],
@@ -537,6 +551,7 @@ def quantize_exactly(
     `threads`: torch takes one unless told otherwise, as the last bits of its sums depend on it; products, whose do not, all processors.
     Raises OptionError, CheckpointError or MediaError before the long work begins; the folder appears whole or not at all.
     """
+    _require_callable(verify)
     recipe = from_mapping(ExactRecipe, options)
     folder = resolve(model)
     out, pictures = Path(save_directory), Path(calib_images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api import plan, quantize
+from saccade.api import plan, quantize, quantize_exactly
 from saccade.base.errors import CheckpointError, OptionError
 from saccade.bench.model import random_llm
 from saccade.checkpoints import ascend, formats
 from saccade.checkpoints.formats import open_checkpoint
+from saccade.checkpoints.shards import Shards
 from saccade.model.language import WholeSequences
 from saccade.model.layers import Linear, size_bytes
 from saccade.schemes.affine import dequantize, quantize_weight
-from saccade.schemes.scheme import W8A8_DYNAMIC, Weight
+from saccade.schemes.scheme import W4A8, W8A8_DYNAMIC, Weight
+from tests import quantized_folder
 from tests.goldens import CASES, GOLDENS, needs_goldens
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((84, 56))
@@ -271,9 +273,36 @@ def test_what_is_written_for_serving_is_used_where_it_lies(
     assert torch.equal(logits_of(llm), logits_of(copied))
 
 
+def test_what_is_held_otherwise_than_the_file_has_it_is_not_mapped(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four bits in bytes, which are packed: mapped, they would lie in memory twice."""
+    monkeypatch.setattr(formats, "MAPPED_BYTES", 0)
+    written = quantized_folder.write_quantized(tiny_checkpoint, tmp_path / "w4a8", "vllm-ascend", W4A8[32])
+    asked: list[str] = []
+    mapped = Shards.mapped
+
+    def noted(shards: Shards, names: Sequence[str]) -> Tensor:
+        asked.extend(names)
+        return mapped(shards, names)
+
+    monkeypatch.setattr(Shards, "mapped", noted)
+    open_llm(tmp_path / "w4a8")
+    assert {weight.scheme for weight in written.values()} == {W4A8[32]}
+    assert asked
+    assert not {f"{module}.weight" for module in written} & set(asked)
+
+
 def test_float_weights_are_used_where_they_lie_unless_another_type_is_asked_for(tiny_checkpoint: Path) -> None:
     llm, copied = open_llm(tiny_checkpoint), open_llm(tiny_checkpoint, mmap=False)
     assert mapped_bytes(llm, tiny_checkpoint) > 0
     assert mapped_bytes(copied, tiny_checkpoint) == 0
     assert torch.equal(logits_of(llm), logits_of(copied))
     assert mapped_bytes(open_llm(tiny_checkpoint, dtype="bfloat16"), tiny_checkpoint) == 0
+
+
+def test_a_verify_that_cannot_be_called_is_refused_before_the_long_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="verify is True; give what"):
+        quantize(tiny_checkpoint, tmp_path / "out", verify=True)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="verify is True; give what"):
+        quantize_exactly(tiny_checkpoint, tmp_path / "out", tmp_path, verify=True)  # type: ignore[arg-type]

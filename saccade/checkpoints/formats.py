@@ -116,12 +116,12 @@ class Checkpoint:
         return self.file_names[name]
 
 
-MAPPED_BYTES = 1 << 16  # smaller tensors are copied: what is made of them is
+MAPPED_BYTES = 1 << 16  # smaller tensors (scales, biases) are read: other numbers are made of them
 
 
 @dataclass(frozen=True)
-class InPlace:
-    """The same numbers where they lie in the files, mapped into memory, for a model that uses them as they are."""
+class MappedCheckpoint:
+    """A checkpoint's large tensors where they lie in its files, mapped into memory, for a model that uses them as they are."""
 
     checkpoint: Checkpoint
 
@@ -141,12 +141,12 @@ class InPlace:
         return self._rows(names) if is_there else None
 
     def weights(self, modules: Sequence[str]) -> dict[str, Weight] | None:
-        """The quantized weights of linears whose values lie so, as the model holds them; else None, and of dense ones, too."""
+        """The quantized weights of linears whose values lie so; None if they do not, or are not held as the file has them (4 bits)."""
         checkpoint, names = self.checkpoint, [f"{module}.weight" for module in modules]
         stored = checkpoint.stored
-        if stored is None or not all(name in self for name in names) or not self._lie_together(names):
+        if stored is None or any(checkpoint.scheme(module).weight_bits != 8 for module in modules):
             return None
-        if not all(stored.is_quantized(module) for module in modules):
+        if not all(name in self for name in names) or not self._lie_together(names):
             return None
         return {module: stored.read(self, module) for module in modules}
 

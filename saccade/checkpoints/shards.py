@@ -158,7 +158,7 @@ class Shards:
                     out[row : row + len(block)].copy_(block if columns is None else block[:, left:right])
 
     def lie_together(self, names: Sequence[str]) -> bool:
-        """Whether the rows of the last of these tensors follow those of the first in one file, all between them included."""
+        """Whether the rows of these tensors follow each other in one file, in this order, where their type may lie in memory."""
         first, *_ = infos = [self.info(name) for name in names]
         return (
             first.offset % first.dtype.itemsize == 0

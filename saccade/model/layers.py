@@ -32,7 +32,7 @@ class TensorSource(Protocol):
 
 
 class InPlace(Protocol):
-    """Numbers that are in memory already, to be used where they lie."""
+    """Numbers to be used where they lie in memory already (checkpoints.formats.MappedCheckpoint)."""
 
     def rows(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
         """The rows of these tensors one after the other, if they lie so and in this type."""

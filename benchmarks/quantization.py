@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ class Row:
     seconds: float
     score: float | None = None
     isa: str | None = None  # the kernels' instruction set; None where it was not noted
-    seed_kls: tuple[float, ...] = ()  # of each calibration seed, where there are several
+    seed_kls: tuple[float, ...] = ()  # of each calibration seed
 
 
 FLOAT = Recipe("bfloat16", "the model", "", {}, is_scored=True)
@@ -146,7 +147,7 @@ def measure(
     elif recipe.is_exact:
         quantize_exactly(source, out, work / "pictures", force=True, **recipe.options)
     else:
-        quantize(source, out, force=True, threads=threads, **{**recipe.options, "seed": seed})
+        quantize(source, out, force=True, threads=threads, seed=seed, **recipe.options)
     seconds = time.process_time() - start
     found = scored(out, asked)
     apart = join([token_divergence(a.logits, b.logits) for a, b in zip(exact, found, strict=True)]).summary()
@@ -266,7 +267,7 @@ def main() -> None:
     print(side_by_side(rows))
     print(against_exact(rows))
     print(scores(rows))
-    for line in losses(rows):
+    for line in [*losses(rows), *spread(rows)]:
         print(line)
 
 
@@ -319,6 +320,20 @@ def losses(rows: Sequence[Row]) -> list[str]:
                     f"not ahead: {', '.join(place)}: {best.mean_kl:.2e} against {other.mean_kl:.2e} of {other.recipe}"
                 )
     return lines or ["best mode is ahead in every row"]
+
+
+def spread(rows: Sequence[Row]) -> list[str]:
+    """How far the seeds of best mode lie apart, and where one of them alone is not ahead of exact mode."""
+    several = [row for row in rows if len(row.seed_kls) > 1]
+    if not several:
+        return []
+    apart = [max(row.seed_kls) / min(row.seed_kls) for row in several]
+    lines = [
+        f"seeds lie apart by a factor of {statistics.median(apart):.2f} in the median row, {max(apart):.2f} at most"
+    ]
+    worst = [replace(row, mean_kl=max(row.seed_kls)) for row in several]
+    exact = [row for row in rows if row.recipe.startswith("exact")]
+    return lines + [f"against exact mode, each with its worst seed: {line}" for line in losses([*worst, *exact])]
 
 
 if __name__ == "__main__":

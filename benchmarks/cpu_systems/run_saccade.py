@@ -35,7 +35,7 @@ def main() -> None:
         kv_cache_tokens=4096,
         prefix_cache=False,
         speculation="off",
-        mmap=False,
+        mmap=False,  # large pages, for bfloat16 as for what is quantized while loading
         **cell.options,
     )
     load_s = time.perf_counter() - start

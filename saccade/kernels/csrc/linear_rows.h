@@ -111,9 +111,8 @@ void multiply_by_rows(const LinearCall& call) {
                         call.rows * x.stride * int64_t{sizeof(Value)} > LARGE_INPUT;
   const int64_t turn = STREAM_ROWS < FEW_ROWS && (is_large || !IS_INTEGER) ? turn_columns<Weights>() : weights.columns;
   const int64_t next_output = reinterpret_cast<const char*>(weights.address(1, 0)) - reinterpret_cast<const char*>(weights.address(0, 0));
-  // Of a turn of columns, as much: the same columns of outputs that come later.
-  const int64_t outputs_ahead = (WEIGHT_AHEAD * weights.columns + turn * next_output - 1) / (turn * next_output);
-  const int64_t ahead = is_large ? outputs_ahead * next_output : WEIGHT_AHEAD;
+  // In turns what comes next is the same columns of later outputs: of as many as have WEIGHT_AHEAD bytes in a turn.
+  const int64_t ahead = is_large ? round_up(WEIGHT_AHEAD * weights.columns / turn, next_output) : WEIGHT_AHEAD;
   Shares shares((outputs + PIECE - 1) / PIECE);
   parallel([&](int thread, int) {
     const auto sums = static_cast<typename Weights::Number*>(

@@ -69,13 +69,6 @@ inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheape
 }
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm512_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm512_add_epi16(a, b); }
-inline void add_pairs_to(Int8& sum, Int8 pairs) {
-#if defined(SACCADE_EMULATED)
-  sum = add_pairs(sum, pairs);
-#else
-  asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(pairs));
-#endif
-}
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm512_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline void store(void* p, Int8 values) { _mm512_storeu_si512(p, values); }
@@ -149,13 +142,6 @@ inline Left load_left(const int8_t* p) {  // halves loaded by themselves: cheape
 }
 inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm256_maddubs_epi16(u, s); }
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm256_add_epi16(a, b); }
-inline void add_pairs_to(Int8& sum, Int8 pairs) {
-#if defined(SACCADE_EMULATED)
-  sum = add_pairs(sum, pairs);
-#else
-  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
-#endif
-}
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm256_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 inline void store(void* p, Int8 values) { _mm256_storeu_si256(static_cast<__m256i*>(p), values); }
@@ -219,6 +205,17 @@ inline Sum multiply_add(Sum sum, const Int8& w, const Int8& x) {
   return sum;
 }
 
+#endif
+
+#if defined(SACCADE_PAIRS)
+// Written out: told otherwise to keep sums in registers, compilers make products far ahead of them, or copy each sum first.
+inline void add_pairs_to(Int8& sum, Int8 pairs) {
+#if defined(SACCADE_EMULATED)  // whose vectors fit no register
+  sum = add_pairs(sum, pairs);
+#else
+  asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(pairs));
+#endif
+}
 #endif
 
 // --- floating-point types of the model ---

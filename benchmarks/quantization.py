@@ -62,7 +62,7 @@ class Recipe:
     @property
     def is_drawn(self) -> bool:
         """Whether it is calibrated with samples that a seed draws."""
-        return self.name == "best"
+        return self.name.startswith("best")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Row:
 
 FLOAT = Recipe("bfloat16", "the model", "", {}, is_scored=True)
 LIKE_REFERENCE, ALL = "as msModelSlim", "all decoder linears"
+STATIC = "as msModelSlim, compressed-tensors"  # which alone has scales of visual tokens' own
+ONE, TWO, BEST_TWO = "to nearest, one scale", "to nearest, visual scales", "best, visual scales"
 
 
 def recipes() -> list[Recipe]:
@@ -106,6 +108,13 @@ def recipes() -> list[Recipe]:
             Recipe(scheme, "to nearest", ALL, {"scheme": scheme, "smooth": "none", "rounding": "rtn", "rotate": False})
         )
         rows.append(Recipe(scheme, "best", ALL, {"scheme": scheme}, is_scored=scheme == "w8a16"))
+    layers = {"scheme": "w8a8", "layers": "reference", "vision": "reference"}
+    plain = {**layers, "smooth": "none", "rounding": "rtn"}
+    rows += [
+        Recipe("w8a8", ONE, STATIC, plain),
+        Recipe("w8a8", TWO, STATIC, {**plain, "visual_scales": True}),
+        Recipe("w8a8", BEST_TWO, STATIC, {**layers, "visual_scales": True}),
+    ]
     return rows
 
 
@@ -266,6 +275,7 @@ def main() -> None:
     print(table(rows))
     print(side_by_side(rows))
     print(against_exact(rows))
+    print(visual_scales(rows))
     print(scores(rows))
     for line in [*losses(rows), *spread(rows)]:
         print(line)
@@ -296,6 +306,17 @@ def against_exact(rows: Sequence[Row]) -> str:
             others = [kl for recipe, kl in found.items() if recipe != "best"]
             cells.append(f"{found['best']:.2e} / {min(others):.2e}" if "best" in found and others else "")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def visual_scales(rows: Sequence[Row]) -> str:
+    """Mean KL of w8a8 with one static scale and with another of visual tokens, on the same layers."""
+    of = {(row.variant, row.recipe): row for row in rows if row.scheme == "w8a8"}
+    names = (ONE, TWO, "best", BEST_TWO)
+    lines = [f"| variant | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+    for variant in dict.fromkeys(variant for variant, _ in of):
+        found = [of.get((variant, name)) for name in names]
+        lines.append(f"| {variant} | {' | '.join('' if row is None else f'{row.mean_kl:.2e}' for row in found)} |")
     return "\n".join(lines)
 
 

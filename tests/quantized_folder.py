@@ -71,4 +71,4 @@ def rounded(weight: Weight, scheme: Scheme) -> Weight:
     if scheme != W8A8:
         return quantize_weight(weight, scheme)
     values, scale = quantize_rows_int8(weight.values)
-    return static_weight(values, scale, weight.bias, torch.tensor([0.05]), torch.tensor([3]))
+    return static_weight(values, scale, weight.bias, (torch.tensor([0.05]), torch.tensor([3])))

@@ -40,18 +40,20 @@ def linears(llm: LLM) -> list[Linear]:
     return [layer for layer in llm.engine.runner.model.modules() if isinstance(layer, Linear)]
 
 
+def picture_question() -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is it?"}]}]
+
+
 @torch.no_grad()
 def logits_of(llm: LLM) -> Tensor:
     """[T, V] float32 of every token of a question about a picture."""
-    prompt = llm.prepare(
-        [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is it?"}]}]
-    )
+    prompt = llm.prepare(picture_question())
     model = llm.engine.runner.model
     features, _ = llm.engine.runner.embed_media(prompt.media)
     ids = torch.tensor(prompt.token_ids)
     rows = (ids == llm.config.image_token_id).nonzero().flatten()
     x = model.embed(ids, rows, torch.cat(features))
-    return model.head(model(x, prompt.positions, WholeSequences(model.kernels, (len(prompt),)))).float()
+    return model.head(model(x, prompt.positions, WholeSequences(model.kernels, (len(prompt),)), rows)).float()
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -71,7 +73,7 @@ def simulate(folder: Path, llm: LLM) -> None:
             layer.forward = simulated(tensors, modules)  # type: ignore[method-assign]
 
 
-def simulated(tensors: dict[str, Tensor], modules: list[str]) -> Callable[[Tensor], Tensor]:
+def simulated(tensors: dict[str, Tensor], modules: list[str]) -> Callable[..., Tensor]:
     def part(x: Tensor, module: str) -> Tensor:
         get = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == module}
         q = get["weight"].long()
@@ -88,7 +90,10 @@ def simulated(tensors: dict[str, Tensor], modules: list[str]) -> Callable[[Tenso
         y = (x_q @ q.T).float() * scale * get["weight_scale"].float().T
         return (y + get["bias"].float() if "bias" in get else y).to(x.dtype)
 
-    return lambda x: torch.cat([part(x, module) for module in modules], dim=1)
+    def whole(x: Tensor, is_visual: Tensor | None = None) -> Tensor:
+        return torch.cat([part(x, module) for module in modules], dim=1)
+
+    return whole
 
 
 @needs_goldens
@@ -110,7 +115,7 @@ def test_every_layer_of_a_reference_checkpoint_is_its_dequantized_self_on_rounde
     for layer in linears(llm):
         if not layer.weight.scheme.is_dense:
 
-            def forward(x: Tensor, layer: Linear = layer) -> Tensor:
+            def forward(x: Tensor, is_visual: Tensor | None = None, layer: Linear = layer) -> Tensor:
                 y, static = layer.kernels.linear(x, layer.weight), layer.weight.static
                 scale = x.abs().amax(1, keepdim=True) / 127 if static is None else static.scale
                 zero = torch.zeros(1) if static is None else static.zero

@@ -254,6 +254,7 @@ def write(
     tool's unreduced scale_bias of vision attention, which engines cannot load.
     """
     assert weight.scale is not None, f"{module} is dense: its tensors are written as they are"
+    assert weight.visual_static is None, f"{module} has two input scales, and the files have one"
     column = weight.scale[:, None]
     bias = None if weight.bias is None else weight.bias.to(dtype)
     if weight.group_scale is not None:

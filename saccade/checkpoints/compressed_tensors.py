@@ -5,7 +5,10 @@ the model only which of its modules are linears. Formats of a group: int-quantiz
 naive-quantized; several of them in one checkpoint are mixed-precision.
 
 What the files cannot say: that group scales are whole multiples of a row's scale. They are written multiplied out, and the entry
-`integer_group_scales` of quantization_config, which other readers skip, lets reading take them apart again.
+`integer_group_scales` of quantization_config, which other readers skip, lets reading take them apart again. And that visual tokens
+have an input scale of their own: tensors `input_scale_visual` and `input_zero_point_visual` beside the usual ones, which then are of
+all other tokens. Readers that skip these would compute nonsense, so input_activations has `visual_scales` there: the library allows no
+key that it does not know.
 Letters: O outputs, H inputs, G columns in a group.
 """
 
@@ -34,7 +37,7 @@ from saccade.checkpoints.stored import (
 )
 from saccade.kernels import cpu_pack
 from saccade.kernels.library import Library, load
-from saccade.schemes.affine import join_group_scales, split_group_scales, static_weight
+from saccade.schemes.affine import Levels, join_group_scales, split_group_scales, static_weight
 from saccade.schemes.packing import pack, unpack
 from saccade.schemes.scheme import (
     FP8,
@@ -54,6 +57,9 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _INTEGER_SCALES = "integer_group_scales"
+_VISUAL_SCALES = "visual_scales"
+_TEXTUAL = ("input_scale", "input_zero_point")
+_VISUAL = ("input_scale_visual", "input_zero_point_visual")
 _INT8_CACHE = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _WORDS_AT_A_TIME = 1 << 16  # a quarter megabyte, which stays in the processor's cache
 
@@ -82,6 +88,7 @@ class Group:
     group_size: int | None
     is_symmetric: bool
     activation: Literal["none", "static", "dynamic"]
+    has_visual_scales: bool = False
 
     @property
     def kind(self) -> str:
@@ -142,7 +149,12 @@ class Config:
                     f"it as {group.kind}; add {module} to ignore there if it was not quantized"
                 ]
         try:
-            expected = _expected(group, *shape, is_packed=f"{module}.weight_packed" in tensors)
+            expected = _expected(
+                group,
+                *shape,
+                is_packed=f"{module}.weight_packed" in tensors,
+                has_visual=_has_visual(tensors, module, group),
+            )
         except CheckpointError as error:
             return [f"{module} is {group.kind} by {group.name} of {self.source}: {error}"]
         return find_mismatches(tensors, module, expected, group.kind, f"{group.name} of {self.source}")
@@ -172,14 +184,9 @@ class Config:
         rows = scale.flatten().expand(len(values)).contiguous()
         if scheme.activation != "static":
             return Weight(values, rows, bias, scheme)
-        input_scale = read_scale(tensors, f"{module}.input_scale").view(1)
-        if float(input_scale) <= 0:
-            raise refusal(
-                tensors, f"{module}.input_scale", f"is {float(input_scale):g}", "a positive number is expected"
-            )
-        name = f"{module}.input_zero_point"
-        zero = tensors.tensor(name).view(1) if name in tensors else torch.zeros(1)
-        return static_weight(values, rows, bias, input_scale, zero)
+        levels = _read_levels(tensors, module, _TEXTUAL)
+        visual = _read_levels(tensors, module, _VISUAL) if _has_visual(tensors, module, group) else None
+        return static_weight(values, rows, bias, levels, visual)
 
     def _group(self, module: str) -> Group:
         group = self.group(module)
@@ -274,7 +281,10 @@ def _parse_group(name: str, group: Any, default_format: Any, where: str) -> Grou
         raise CheckpointError(f"{at} has zero points of int4 weights and quantized activations; one of them is read")
     group_size = size if strategy == "group" else None
     targets = tuple(_targets(group))
-    return Group(name, targets, its_format, bits, kind == "float", group_size, is_symmetric, activation)
+    has_visual_scales = activation == "static" and isinstance(inputs, dict) and inputs.get(_VISUAL_SCALES) is True
+    return Group(
+        name, targets, its_format, bits, kind == "float", group_size, is_symmetric, activation, has_visual_scales
+    )
 
 
 def _parse_activation(inputs: Any, bits: int, kind: str, at: str) -> Literal["none", "static", "dynamic"]:
@@ -325,7 +335,7 @@ def held_size(group_size: int | None, num_columns: int) -> int:
     return max((held for held in GROUP_SIZES if size % held == 0), default=0)
 
 
-def _expected(group: Group, O: int, H: int, *, is_packed: bool) -> dict[str, Expected]:  # noqa: E741
+def _expected(group: Group, O: int, H: int, *, is_packed: bool, has_visual: bool) -> dict[str, Expected]:  # noqa: E741
     """By suffix. Raises CheckpointError if the columns and the groups do not fit each other."""
     size = group.group_size
     if group.bits == 4 and H % (size or 32):
@@ -345,7 +355,24 @@ def _expected(group: Group, O: int, H: int, *, is_packed: bool) -> dict[str, Exp
         one: list[tuple[int, ...]] = [(1,), ()]
         expected["input_scale"] = Expected(one, FLOATS)
         expected["input_zero_point"] = Expected(one, (torch.int8, torch.int32), is_required=False)
+        if has_visual:
+            scale, zero = _VISUAL
+            expected |= {scale: Expected(one, FLOATS), zero: Expected(one, (torch.int8,))}
     return expected
+
+
+def _has_visual(tensors: Tensors, module: str, group: Group) -> bool:
+    """Whether the linear has an input scale of visual tokens: in the tower, all are."""
+    return group.has_visual_scales and f"{module}.{_VISUAL[0]}" in tensors
+
+
+def _read_levels(tensors: Tensors, module: str, names: tuple[str, str]) -> Levels:
+    """Scale and zero point [1] of a static activation; the latter 0 if there is none."""
+    scale_name, zero_name = (f"{module}.{name}" for name in names)
+    scale = read_scale(tensors, scale_name).view(1)
+    if float(scale) <= 0:
+        raise refusal(tensors, scale_name, f"is {float(scale):g}", "a positive number is expected")
+    return scale, tensors.tensor(zero_name).view(1) if zero_name in tensors else torch.zeros(1)
 
 
 def _read_int8(tensors: Tensors, module: str) -> Tensor:
@@ -493,13 +520,15 @@ def write(module: str, weight: Weight, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors |= {"weight_scale": weight.scale[:, None], "weight_shape": shape}
     else:
         tensors |= {"weight": weight.values, "weight_scale": weight.scale[:, None]}
-    if (static := weight.static) is not None:
+    for names, static in ((_TEXTUAL, weight.static), (_VISUAL, weight.visual_static)):
+        if static is None:
+            continue
         if not -128 <= float(static.zero) <= 127:
             raise OptionError(
                 f"{module} has the input zero point {float(static.zero):g}, and compressed-tensors keeps it as int8; "
                 "use w8a8-dynamic, or an Ascend format"
             )
-        tensors |= {"input_scale": static.scale, "input_zero_point": static.zero.to(torch.int8)}
+        tensors |= dict(zip(names, (static.scale, static.zero.to(torch.int8)), strict=True))
     if weight.bias is not None:
         tensors["bias"] = weight.bias.to(dtype)
     return {f"{module}.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
@@ -511,10 +540,13 @@ def _words(values: Tensor) -> Tensor:
     return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
-def config_entry(assignment: Mapping[str, Scheme], has_int8_cache: bool = False) -> dict[str, Any]:
+def config_entry(
+    assignment: Mapping[str, Scheme], has_int8_cache: bool = False, has_visual_scales: bool = False
+) -> dict[str, Any]:
     """quantization_config for these linears: canonical module name -> scheme, dense ones included.
 
     `has_int8_cache`: whoever serves it is to keep keys and values as int8, each token and head with a scale of its own.
+    `has_visual_scales`: some linear has an input scale of visual tokens.
     """
     by_scheme: dict[Scheme, list[str]] = {}
     for module, scheme in assignment.items():
@@ -524,7 +556,9 @@ def config_entry(assignment: Mapping[str, Scheme], has_int8_cache: bool = False)
     assert quantized, "no linear is quantized"
     is_uniform = len(quantized) == 1
     groups = {
-        f"group_{index}": _group_entry(scheme, ["Linear"] if is_uniform else list(_patterns(modules)))
+        f"group_{index}": _group_entry(
+            scheme, ["Linear"] if is_uniform else list(_patterns(modules)), has_visual_scales
+        )
         for index, (scheme, modules) in enumerate(quantized.items())
     }
     formats = {group["format"] for group in groups.values()}
@@ -542,7 +576,7 @@ def config_entry(assignment: Mapping[str, Scheme], has_int8_cache: bool = False)
     return entry
 
 
-def _group_entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def _group_entry(scheme: Scheme, targets: list[str], has_visual_scales: bool) -> dict[str, Any]:
     kind = "float" if scheme.is_float else "int"
     weights: dict[str, Any] = {"num_bits": scheme.weight_bits, "type": kind, "strategy": "channel"}
     if scheme.group_size is not None:
@@ -553,6 +587,8 @@ def _group_entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
     elif scheme.activation == "static":
         inputs = {"num_bits": 8, "type": kind, "strategy": "tensor", "symmetric": False, "dynamic": False}
+        if has_visual_scales:
+            inputs[_VISUAL_SCALES] = True
     is_packed = scheme.weight_bits == 4 or scheme == W8A16
     return {
         "targets": targets,

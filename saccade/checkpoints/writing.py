@@ -109,6 +109,7 @@ class CompressedTensors:
 
     dtype: torch.dtype
     has_int8_cache: bool = False
+    has_visual_scales: bool = False
     name: str = compressed_tensors.METHOD
 
     def find_problems(self, assignment: Assignment) -> list[str]:
@@ -121,7 +122,7 @@ class CompressedTensors:
         return compressed_tensors.write(module, weight, self.dtype)
 
     def side_files(self, config: Mapping[str, Any], assignment: Assignment, names: Sequence[str]) -> dict[str, str]:
-        entry = compressed_tensors.config_entry(assignment, self.has_int8_cache)
+        entry = compressed_tensors.config_entry(assignment, self.has_int8_cache, self.has_visual_scales)
         settings = without_quantization(config) | {"quantization_config": entry}
         return {"config.json": json.dumps(settings, indent=2) + "\n"}
 
@@ -129,15 +130,21 @@ class CompressedTensors:
 FORMATS = ("compressed-tensors", "vllm-ascend", "mindie")
 
 
-def format_named(name: str, dtype: torch.dtype, has_int8_cache: bool = False) -> Format:
+def format_named(
+    name: str, dtype: torch.dtype, has_int8_cache: bool = False, has_visual_scales: bool = False
+) -> Format:
     """The format the command line calls `name`; dtype: the model's. Raises OptionError for an unknown name, and for a cache of
-    int8 in a format that says nothing of caches."""
+    int8 or input scales of visual tokens in a format that says nothing of them."""
     if has_int8_cache and name != compressed_tensors.METHOD:
         raise OptionError(f"{name} files say nothing of the cache; leave kv_cache out and choose it when serving")
+    if has_visual_scales and name != compressed_tensors.METHOD:
+        raise OptionError(
+            f"{name} files have one input scale for all tokens; leave visual_scales out, or use --format compressed-tensors"
+        )
     if name in ("vllm-ascend", "mindie"):
         return Ascend("vllm" if name == "vllm-ascend" else "mindie", dtype)
     if name == compressed_tensors.METHOD:
-        return CompressedTensors(dtype, has_int8_cache)
+        return CompressedTensors(dtype, has_int8_cache, has_visual_scales)
     raise OptionError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}")
 
 

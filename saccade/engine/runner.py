@@ -140,6 +140,7 @@ class Runner:
         self.cache = PagedCache(model, num_blocks, block_size, has_int8_cache)
         plan = model.kernels.plan_decoder if model.ranks.is_alone else None  # in one call, nothing can be exchanged
         self.decoder_step = plan(model.language.weights(), self.cache.blocks) if plan else None
+        self.tells_visual = model.language.tells_visual
         is_cuda = model.device.type == "cuda" and model.kernels.sources["attention_paged"] == "triton"
         self.graphs: DecodeGraphs | None = None
         if is_cuda:
@@ -250,9 +251,10 @@ class Runner:
         """The decoder over the cache, its token rows `media_rows` replaced. Returns the last hidden rows [T, H]."""
         self.cache.layout = layout
         x = self.model.embed(token_ids, media_rows, media_features)
-        if self.decoder_step is not None:
+        is_planned = media_rows is None or not self.tells_visual  # a planned step knows one range of a linear's inputs
+        if self.decoder_step is not None and is_planned:
             return self.decoder_step(x, *rotary_angles(self.model.config.text, positions), layout)
-        return self.model(x, positions, self.cache)  # type: ignore[no-any-return]
+        return self.model(x, positions, self.cache, media_rows)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
         """Logits [V] float32 on the CPU of each of `rows` of hidden [T, H], a tile of them computed at a time."""

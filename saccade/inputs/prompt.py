@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from saccade.geometry import Grid, PixelMap, Span
@@ -62,3 +63,10 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def is_visual(self) -> Tensor:
+        """[T] bool: the tokens that stand for pictures and videos."""
+        found = torch.zeros(len(self), dtype=torch.bool)
+        for span, medium in zip(self.spans, self.media, strict=True):
+            found[span.start : span.start + medium.receipt.num_tokens] = True
+        return found

@@ -52,11 +52,11 @@ class Attention(nn.Module):
         self.qkv = Linear(kernels, config.hidden_size, parts, bias=True, ranks=ranks, rows=(q, k, v))
         self.output = Linear(kernels, q_size, output, bias=False, ranks=ranks, columns=q)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, is_visual: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x, is_visual).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         heads = (x.shape[0], -1, self.head_dim)
         q, k = self.kernels.rope(q.view(heads), k.view(heads), cos, sin)
-        out: Tensor = self.output(attend(self.index, q, k, v.view(heads)).reshape(-1, self.q_size))
+        out: Tensor = self.output(attend(self.index, q, k, v.view(heads)).reshape(-1, self.q_size), is_visual)
         return out
 
 
@@ -88,12 +88,21 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        is_visual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x: [T, H], what the layer before added; residual: [T, H], the stream up to there. Returns the same for the next."""
+        """x: [T, H], what the layer before added; residual: [T, H], the stream up to there; is_visual: [T], see Linear.
+
+        Returns the same for the next.
+        """
         x, residual = self.input_norm(x, residual)
-        x, residual = self.post_norm(self.attention(x, cos, sin, attend), residual)
-        return self.mlp(x), residual
+        x, residual = self.post_norm(self.attention(x, cos, sin, attend, is_visual), residual)
+        return self.mlp(x, is_visual), residual
 
 
 class LanguageModel(nn.Module):
@@ -115,12 +124,18 @@ class LanguageModel(nn.Module):
         layers = [layer.weights() for layer in self.layers if isinstance(layer, DecoderLayer)]
         return DecoderWeights(tuple(layers), self.norm.gain, self.norm.eps, self.config.num_heads)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x: [T, H] embedded tokens; positions: [3, T] int64. Returns the normed last hidden rows [T, H]."""
+    @property
+    def tells_visual(self) -> bool:
+        """Whether some layer has a static range of visual tokens' own."""
+        return any(isinstance(layer, Linear) and layer.weight.visual_static is not None for layer in self.modules())
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, is_visual: Tensor | None = None) -> Tensor:
+        """x: [T, H] embedded tokens; positions: [3, T] int64; is_visual: [T], see Linear. Returns the normed last hidden rows
+        [T, H]."""
         cos, sin = rotary_angles(self.config, positions)
         residual: Tensor | None = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attend)
+            x, residual = layer(x, residual, cos, sin, attend, is_visual)
         hidden, _ = self.norm(x, residual)
         return hidden  # type: ignore[no-any-return]
 

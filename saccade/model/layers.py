@@ -140,9 +140,18 @@ class Linear(nn.Module):
             bias=filling.tensor(parts=biases) if self.has_bias else None,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.kernels.linear(x, self.weight)
+    def forward(self, x: Tensor, is_visual: Tensor | None = None) -> Tensor:
+        """x: [T, H]; is_visual: [T] bool, which rows stand for pictures and videos; None if none does. Returns [T, O]."""
+        y = self._product(x, is_visual)
         return y if self.columns is None else self.ranks.add(y)
+
+    def _product(self, x: Tensor, is_visual: Tensor | None) -> Tensor:
+        if is_visual is None or self.weight.visual_static is None:
+            return self.kernels.linear(x, self.weight)
+        y = x.new_empty(len(x), self.weight.out_features)
+        for rows, weight in ((~is_visual, self.weight), (is_visual, self.weight.for_visual)):
+            y[rows] = self.kernels.linear(x[rows], weight)
+        return y
 
 
 class Norm(nn.Module):
@@ -198,8 +207,8 @@ class GatedMlp(nn.Module):
         down = {f"{prefix}.down_proj": size}
         self.down = Linear(kernels, intermediate_size, down, bias=bias, ranks=ranks, columns=own)
 
-    def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x)))
+    def forward(self, x: Tensor, is_visual: Tensor | None = None) -> Tensor:
+        down: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x, is_visual)), is_visual)
         return down
 
 

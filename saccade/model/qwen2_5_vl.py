@@ -96,9 +96,13 @@ class Qwen2_5_VL(nn.Module):
             return x
         return x.index_copy(0, media_rows, media_features.to(x.dtype))
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x: [T, H] from `embed`; positions: [3, T]. Returns the normed last hidden rows [T, H], for `head`."""
-        hidden: Tensor = self.language(x, positions, attend)
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, media_rows: Tensor | None = None) -> Tensor:
+        """x: [T, H] from `embed`, with the same media_rows; positions: [3, T]. Returns the normed last hidden rows [T, H], for
+        `head`."""
+        is_visual = None
+        if media_rows is not None:
+            is_visual = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, media_rows, True)
+        hidden: Tensor = self.language(x, positions, attend, is_visual)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:

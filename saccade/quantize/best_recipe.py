@@ -99,6 +99,9 @@ class BestRecipe:
     seed: int = option(0, "of every draw", low=0, high=2**31)
     max_pixels: int = option(1280 * 28 * 28, "largest area of a calibration picture, in pixels", low=28 * 28)
     balance: bool = option(True, "let pictures and text weigh the same in all statistics")
+    visual_scales: bool = option(
+        False, "w8a8: visual tokens have a static scale of their own (MQuant); only Saccade reads such files"
+    )
     rules: tuple[Rule, ...] = option((), "layer overrides; the first that matches counts")
 
     def __post_init__(self) -> None:
@@ -120,6 +123,12 @@ class BestRecipe:
         if self.group_size is not None and not self.scheme.startswith("w4"):
             raise OptionError(
                 f"group_size {self.group_size} needs a 4-bit scheme; {self.scheme} has a scale for each row"
+            )
+        if self.visual_scales and not any(
+            name == "w8a8" for name in (self.scheme, *(rule.scheme for rule in self.rules))
+        ):
+            raise OptionError(
+                f"visual_scales are static ones; {self.scheme} has none: use --scheme w8a8, or leave it out"
             )
         if self.is_ascend and self.scheme in ("w4a16", "fp8"):
             raise OptionError(

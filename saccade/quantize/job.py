@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from saccade.base.errors import CheckpointError
+from saccade.base.errors import CheckpointError, OptionError
 from saccade.base.meter import gigabytes
 from saccade.checkpoints.formats import Checkpoint, open_checkpoint, require_tokenizer
 from saccade.checkpoints.writing import Format, format_named, require_writable
@@ -56,7 +56,8 @@ def prepare(
             f"{source} is quantized already ({checkpoint.quantization}); quantize the one it was made from"
         )
     plan = make_plan(checkpoint.config, recipe)
-    format_ = format_named(recipe.format, getattr(torch, checkpoint.config.dtype), recipe.kv_cache == "int8")
+    dtype: torch.dtype = getattr(torch, checkpoint.config.dtype)
+    format_ = format_named(recipe.format, dtype, recipe.kv_cache == "int8", recipe.visual_scales)
     require_writable(format_, plan.assignment)
     require_tokenizer(source)
     samples = None
@@ -64,6 +65,8 @@ def prepare(
         check_source(recipe.calibration)
         tokenizer = ChatTokenizer(source, checkpoint.config)
         samples = load_samples(recipe.calibration, tokenizer, recipe.samples, recipe.seed, recipe.max_pixels)
+        if recipe.visual_scales and not any(prompt.media for prompt in samples.prompts):
+            raise OptionError(f"visual_scales are found on pictures, and {recipe.calibration} has none; leave it out")
         num_patches = sum(medium.receipt.grid.num_patches for prompt in samples.prompts for medium in prompt.media)
         plan = make_plan(checkpoint.config, recipe, samples.num_tokens, num_patches)
     return Job(

@@ -74,7 +74,8 @@ class Plan:
             f"at most {gigabytes(self.peak_memory_bytes)} of memory, about {_duration(self.seconds)} on two threads",
             f"method       smooth {recipe.smoothing}, rounding {recipe.rounded_by}"
             + (", rotated" if recipe.is_rotated else "")
-            + (f", ranges {recipe.activation_range}" if recipe.scheme == "w8a8" else ""),
+            + (f", ranges {recipe.activation_range}" if recipe.scheme == "w8a8" else "")
+            + (", one of visual tokens' own" if recipe.visual_scales else ""),
             f"calibration  {self.num_tokens} tokens" if self.num_tokens else "calibration  none needed",
         ]
         for scheme, count in Counter(layer.scheme.name for layer in self.layers).most_common():

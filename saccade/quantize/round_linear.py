@@ -21,6 +21,7 @@ from saccade.quantize.report import QUANTILES, InputRange, Kind, LayerMeasure, s
 from saccade.quantize.source import Block
 from saccade.quantize.statistics import ANSWER, FIRST, PICTURE, TEXT, Seen
 from saccade.quantize.steps import Steps, as_weight, dequantized, max_steps, round_to_nearest, static_part
+from saccade.schemes.affine import Levels
 from saccade.schemes.scheme import Scheme, Weight
 
 ROWS_MEASURED = 256  # tokens of each kind
@@ -47,19 +48,16 @@ class Rounder:
         The weights appear in `source`.
         """
         weights = {part: source.tensors[f"{part}.weight"] for part in layer.parts}
-        activation, blocks = None, None
+        levels, blocks = list[Levels](), None
         if scheme.activation == "static":
             assert seen is not None, f"{scheme.name} has samples"
-            low, high = float(seen.low.min()), float(seen.high.max())
             energy = torch.stack([weight.square().sum(0) for weight in weights.values()]).sum(0)
-            activation = static_parameters(
-                seen.rows, low, high, self.recipe.range_method, energy, self.scale_dtype(scheme), self.recipe.percentile
-            )
+            levels = self.levels(seen, energy, self.scale_dtype(scheme))
         if self.recipe.rounded_by == "gptq" and seen is not None and seen.hessian is not None:
             blocks = corrections(seen.hessian)
         for part, weight in weights.items():
             multiples, steps = self.multiples(weight, scheme, seen, blocks)
-            rounded = self.as_weight(part, multiples, steps, source, activation)
+            rounded = self.as_weight(part, multiples, steps, source, levels)
             source.weights[part] = rounded
             yield self.measure(part, rounded, weight, multiples, steps, seen, before)
 
@@ -74,15 +72,23 @@ class Rounder:
             steps = search_steps(weight, scheme, dtype, None if seen is None else seen.mean_square)
         return (round_to_nearest(weight, steps) if blocks is None else gptq(weight, blocks, steps)), steps
 
-    def as_weight(
-        self, part: str, multiples: Tensor, steps: Steps, source: Block, activation: tuple[Tensor, Tensor] | None
-    ) -> Weight:
+    def levels(self, seen: Seen, importance: Tensor, dtype: torch.dtype) -> list[Levels]:
+        """Of all tokens, or of text first and then of pictures."""
+        recipe = self.recipe
+        return [
+            static_parameters(
+                seen.rows[its], low, high, recipe.range_method, importance, dtype, percentile=recipe.percentile
+            )
+            for its, low, high in (seen.modalities() if recipe.visual_scales else seen.whole())
+        ]
+
+    def as_weight(self, part: str, multiples: Tensor, steps: Steps, source: Block, levels: Sequence[Levels]) -> Weight:
         bias = source.tensors.get(f"{part}.bias")
-        static = None
-        if activation is not None:
-            scale, zero = (value.to(multiples.device) for value in activation)
-            static = static_part(multiples, steps, scale, zero, bias)
-        return as_weight(multiples.contiguous(), steps, None if bias is None else bias.to(self.dtype), static)
+        static = [
+            static_part(multiples, steps, scale.to(multiples.device), zero.to(multiples.device), bias)
+            for scale, zero in levels
+        ]
+        return as_weight(multiples.contiguous(), steps, None if bias is None else bias.to(self.dtype), *static)
 
     def measure(
         self,
@@ -105,7 +111,8 @@ class Rounder:
                 if len(x):
                     exact = x @ weight.t()
                     bias = 0 if rounded.bias is None else rounded.bias.float()
-                    noise = self.kernels.linear(x.to(self.dtype), rounded).float() - bias - exact
+                    met = rounded.for_visual if name == "picture" else rounded
+                    noise = self.kernels.linear(x.to(self.dtype), met).float() - bias - exact
                     output_db[name] = sqnr_db(float(exact.square().sum()), float(noise.square().sum()))
         return LayerMeasure(
             part, rounded.scheme.name, output_db, weight_db, ranges=ranges, size_bytes=rounded.size_bytes

@@ -221,7 +221,14 @@ class Run:
             weights = [source.tensors[f"{part}.weight"] for part in pair.reader.parts]
             scheme = self.scheme(pair.reader)
             columns = None if pair.columns is None else pair.columns.to(self.job.device)
-            attempt = trial(weights, seen[pair.reader], scheme, columns, self.rounder.scale_dtype(scheme))
+            attempt = trial(
+                weights,
+                seen[pair.reader],
+                scheme,
+                columns,
+                self.rounder.scale_dtype(scheme),
+                self.recipe.visual_scales,
+            )
             scale = best_scale(attempt, self.recipe.smoothing)
             if pair.norm is not None:
                 gain = f"{pair.norm}.weight"

@@ -63,13 +63,21 @@ class Trial:
     columns: Tensor
     largest_weight: Tensor  # [H], over all outputs
     dtype: torch.dtype  # that scales are stored in
+    has_visual_scales: bool = False  # whether text and pictures have static ranges of their own
 
     @property
     def num_scales(self) -> int:
         return int(self.columns.max()) + 1
 
 
-def trial(weights: Sequence[Tensor], seen: Seen, scheme: Scheme, columns: Tensor | None, dtype: torch.dtype) -> Trial:
+def trial(
+    weights: Sequence[Tensor],
+    seen: Seen,
+    scheme: Scheme,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    has_visual_scales: bool = False,
+) -> Trial:
     """A trial on evenly chosen outputs and tokens. weights: [O, H] float32 each."""
     largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
     stride = -(-sum(len(weight) for weight in weights) // MAX_OUTPUTS)
@@ -80,7 +88,7 @@ def trial(weights: Sequence[Tensor], seen: Seen, scheme: Scheme, columns: Tensor
     )
     if columns is None:
         columns = torch.arange(some.shape[1], device=some.device)
-    return Trial(some, kept, scheme, columns, largest, dtype)
+    return Trial(some, kept, scheme, columns, largest, dtype, has_visual_scales)
 
 
 def best_scale(trial: Trial, method: Smoothing) -> Tensor:
@@ -116,7 +124,7 @@ def _halves(trial: Trial) -> tuple[Trial, Trial]:
 def loss(trial: Trial, scale: Tensor, exact: Tensor) -> float:
     """The output's expected squared error as `token_shares` weigh it. exact: [n, O]."""
     wide = scale[trial.columns]
-    rows = _rounded_input(trial.seen.divided(wide), trial.scheme)
+    rows = _rounded_input(trial.seen.divided(wide), trial.scheme, trial.has_visual_scales)
     weight = trial.weight * wide
     if trial.scheme.weight_bits == 4:
         steps = search_steps(weight, trial.scheme, trial.dtype, trial.seen.mean_square / wide**2, is_coarse=True)
@@ -142,7 +150,7 @@ def token_shares(exact: Tensor, kinds: Tensor) -> Tensor:
     return shares
 
 
-def _rounded_input(seen: Seen, scheme: Scheme) -> Tensor:
+def _rounded_input(seen: Seen, scheme: Scheme, has_visual_scales: bool) -> Tensor:
     """The kept rows as the scheme rounds them; a static range is clipped to the best of SHARES."""
     rows = seen.rows
     if scheme.activation == "none":
@@ -150,9 +158,12 @@ def _rounded_input(seen: Seen, scheme: Scheme) -> Tensor:
     if scheme.activation == "dynamic":
         values, scale = (quantize_rows_fp8 if scheme.is_float else quantize_rows_int8)(rows)
         return values.float() * scale[:, None]
-    low, high = float(seen.low.min()), float(seen.high.max())
-    tried = [fake_static(rows, *parameters(share * low, share * high, torch.float32)) for share in SHARES]
-    return min(tried, key=lambda rounded: float((rounded - rows).square().sum()))
+    rounded = torch.empty_like(rows)
+    for which, low, high in seen.modalities() if has_visual_scales else seen.whole():
+        its = rows[which]
+        tried = [fake_static(its, *parameters(share * low, share * high, torch.float32)) for share in SHARES]
+        rounded[which] = min(tried, key=lambda candidate: float((candidate - its).square().sum()))
+    return rounded
 
 
 # --- candidates ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 TEXT, PICTURE, FIRST, ANSWER = 0, 1, 2, 3  # kinds of tokens
 KINDS = (TEXT, PICTURE, FIRST, ANSWER)
+MODALITIES: tuple[tuple[int, ...], ...] = ((TEXT, FIRST, ANSWER), (PICTURE,))
 FIRST_SHARE = 4  # a quarter as many first tokens are kept as of the other kinds
 
 
@@ -67,6 +68,19 @@ class Seen:
     def largest(self) -> Tensor:
         """The largest magnitudes by kind: [kinds, H]."""
         return torch.maximum(self.high, -self.low)
+
+    def modalities(self) -> list[tuple[Tensor, float, float]]:
+        """Of text and of pictures, as far as they were seen: which kept rows are of it, [n] bool, and the extremes of all its rows."""
+        seen = [kinds for kinds in MODALITIES if bool(self.largest[list(kinds)].any())]
+        return [self._part(kinds) for kinds in seen or [KINDS]]
+
+    def whole(self) -> list[tuple[Tensor, float, float]]:
+        """The same of all tokens together."""
+        return [self._part(KINDS)]
+
+    def _part(self, kinds: tuple[int, ...]) -> tuple[Tensor, float, float]:
+        its = torch.isin(self.kinds, torch.tensor(kinds, device=self.kinds.device, dtype=self.kinds.dtype))
+        return its, float(self.low[list(kinds)].min()), float(self.high[list(kinds)].max())
 
     def divided(self, scale: Tensor) -> Seen:
         """As it would be had the inputs been divided by `scale` [H]."""

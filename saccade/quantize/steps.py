@@ -119,11 +119,17 @@ def static_part(multiples: Tensor, steps: Steps, scale: Tensor, zero: Tensor, bi
     return Static(scale, zero, quant_bias.to(torch.int32), deq_scale)
 
 
-def as_weight(multiples: Tensor, steps: Steps, bias: Tensor | None, static: Static | None = None) -> Weight:
+def as_weight(
+    multiples: Tensor,
+    steps: Steps,
+    bias: Tensor | None,
+    static: Static | None = None,
+    visual_static: Static | None = None,
+) -> Weight:
     """The canonical weight of multiples and steps."""
     scheme = steps.scheme
     if steps.group is None:
-        return Weight(multiples, steps.row, bias, scheme, None, static)
+        return Weight(multiples, steps.row, bias, scheme, None, static, visual_static=visual_static)
     if scheme.is_two_stage:
         return Weight(pack(multiples), steps.row, bias, scheme, steps.group.to(torch.int8))
     return Weight(pack(multiples), steps.group, bias, scheme)

@@ -134,11 +134,12 @@ def decoder_pieces(
     def piece(rows: slice, some: Sequence[Prompt]) -> Piece:
         positions = torch.cat([prompt.positions for prompt in some], dim=1).to(device)
         attend = WholeSequences(kernels, tuple(len(prompt) for prompt in some))
+        is_visual = torch.cat([prompt.is_visual() for prompt in some]).to(device)
 
         def apply(block: nn.Module, x: Tensor) -> Tensor:
             assert isinstance(block, DecoderLayer), f"{type(block).__name__} is no decoder layer"
             cos, sin = rotary_angles(config.text, positions)
-            y, residual = block(x, None, cos, sin, attend)
+            y, residual = block(x, None, cos, sin, attend, is_visual)
             return y + residual  # type: ignore[no-any-return]
 
         return Piece(rows, apply)

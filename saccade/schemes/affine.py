@@ -14,6 +14,7 @@ from saccade.base.errors import OptionError
 from saccade.schemes.packing import pack, unpack
 from saccade.schemes.scheme import W8A8, W8A16, Scheme, Static, Weight, fitting, scheme_of
 
+Levels = tuple[Tensor, Tensor]  # of a static activation: scale and zero point, [1] each
 MAX_GROUP_SCALE = 17  # of values from -7 to 7, and 16 from -8: int8 holds their products
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
@@ -151,34 +152,41 @@ def dequantize(weight: Weight, rows: slice = slice(None)) -> Tensor:
 def scaled_rows(weight: Weight, factor: Tensor) -> Weight:
     """The weight of outputs `factor` [O] times as large, bias included; whole numbers stay as they are."""
     wide = factor.float()
-    static = weight.static
-    if static is not None:
-        static = replace(static, deq_scale=static.deq_scale * wide)
+    static, visual_static = (
+        each and replace(each, deq_scale=each.deq_scale * wide) for each in (weight.static, weight.visual_static)
+    )
     bias = None if weight.bias is None else (weight.bias.float() * wide).to(weight.bias.dtype)
     if weight.scale is None:
         return replace(weight, values=weight.values * wide[:, None].to(weight.values.dtype), bias=bias)
     scale = weight.scale * wide.view(-1, *[1] * (weight.scale.ndim - 1))
-    return replace(weight, scale=scale, bias=bias, static=static)
+    return replace(weight, scale=scale, bias=bias, static=static, visual_static=visual_static)
 
 
 # --- calibrated activations and scales of two stages ------------------------------------------------------------------
 
 
-def static_weight(values: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor, zero: Tensor) -> Weight:
-    """A w8a8 weight from what calibration found: input_scale and zero [1] of the layer's input.
+def static_weight(
+    values: Tensor, scale: Tensor, bias: Tensor | None, levels: Levels, visual_levels: Levels | None = None
+) -> Weight:
+    """A w8a8 weight from what calibration found: scale and zero point [1] of the layer's input, and of its visual tokens' alone.
 
     values: [O, H] int8; scale: [O]; bias: [O] or None. The bias is rounded to steps of deq_scale, its zero point's share is whole.
     A row of zeros may have any scale: it gets one whose steps the bias can be counted in.
     """
-    input_scale, zero = input_scale.float().view(1), zero.float().view(1)
     wide = torch.zeros_like(scale, dtype=torch.float64) if bias is None else bias.double()
-    for_bias = (wide.abs() / (input_scale.double() * 2**24)).clamp(min=TINY).float()
+    finest = min(float(each[0]) for each in (levels, visual_levels) if each)
+    for_bias = (wide.abs() / (finest * 2**24)).clamp(min=TINY).float()
     scale = torch.where((values == 0).all(dim=1), for_bias, scale.float())
-    deq_scale = scale * input_scale
-    share = zero.double() * values.sum(dim=1, dtype=torch.int64)
-    quant_bias = ((wide / deq_scale.double()).round() - share).clamp(-(2**31), 2**31 - 1)
-    static = Static(input_scale, zero, quant_bias.to(torch.int32), deq_scale)
-    return Weight(values, scale, bias, W8A8, static=static)
+    sums = values.sum(dim=1, dtype=torch.int64)
+
+    def static(levels: Levels) -> Static:
+        input_scale, zero = (each.float().view(1) for each in levels)
+        deq_scale = scale * input_scale
+        quant_bias = ((wide / deq_scale.double()).round() - zero.double() * sums).clamp(-(2**31), 2**31 - 1)
+        return Static(input_scale, zero, quant_bias.to(torch.int32), deq_scale)
+
+    visual = None if visual_levels is None else static(visual_levels)
+    return Weight(values, scale, bias, W8A8, static=static(levels), visual_static=visual)
 
 
 def settled_scales(scale: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:

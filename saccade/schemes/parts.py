@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.base.errors import OptionError
 from saccade.schemes.packing import RUN
-from saccade.schemes.scheme import Weight
+from saccade.schemes.scheme import Static, Weight
 
 
 def take_rows(weight: Weight, rows: Sequence[slice]) -> Weight:
@@ -19,21 +19,24 @@ def take_rows(weight: Weight, rows: Sequence[slice]) -> Weight:
     def of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor[each] for each in rows])
 
-    values = torch.cat([weight.values[each] for each in rows])
-    static = weight.static
-    if static is not None:
+    def of_static(static: Static | None) -> Static | None:
+        if static is None:
+            return None
         quant_bias, deq_scale = (
             torch.cat([each[row] for row in rows]) for each in (static.quant_bias, static.deq_scale)
         )
-        static = replace(static, quant_bias=quant_bias, deq_scale=deq_scale)
+        return replace(static, quant_bias=quant_bias, deq_scale=deq_scale)
+
+    values = torch.cat([weight.values[each] for each in rows])
     return replace(
         weight,
         values=values,
         scale=of(weight.scale),
         bias=of(weight.bias),
         group_scale=of(weight.group_scale),
-        static=static,
+        static=of_static(weight.static),
         zero=of(weight.zero),
+        visual_static=of_static(weight.visual_static),
     )
 
 
@@ -55,15 +58,19 @@ def take_columns(weight: Weight, columns: slice, name: str, keep_bias: bool) -> 
             return tensor
         return tensor[:, columns.start // size : columns.stop // size].contiguous()
 
-    static = weight.static
-    if static is not None and not keep_bias:  # the zero point's share is in it too, for all columns
-        static = replace(static, quant_bias=torch.zeros_like(static.quant_bias))
+    def bias_of(static: Static | None) -> Static | None:
+        if static is None or keep_bias:
+            return static
+        # The zero point's share is in it, too, for all columns.
+        return replace(static, quant_bias=torch.zeros_like(static.quant_bias))
+
     return replace(
         weight,
         values=weight.values[:, columns.start // per_byte : columns.stop // per_byte].contiguous(),
         scale=groups(weight.scale) if weight.scheme.has_float_groups else weight.scale,
         bias=weight.bias if keep_bias else None,
         group_scale=groups(weight.group_scale),
-        static=static,
+        static=bias_of(weight.static),
         zero=groups(weight.zero),
+        visual_static=bias_of(weight.visual_static),
     )

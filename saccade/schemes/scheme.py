@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -125,6 +126,8 @@ class Weight:
     group_scale: [O, H/G] int8, two stages only; 1 or more, and small enough that value times group scale fits int8.
     static: with static activations only.
     zero: [O, H/G] int8 from -8 to 7, of asymmetric schemes only.
+    visual_static: `static` of the tokens that stand for pictures and videos, where these have a range of their own (modality-specific
+        static quantization of MQuant, arXiv:2502.00425); `static` is then of all other tokens.
     """
 
     values: Tensor
@@ -134,6 +137,7 @@ class Weight:
     group_scale: Tensor | None = None
     static: Static | None = None
     zero: Tensor | None = None
+    visual_static: Static | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -141,6 +145,7 @@ class Weight:
         assert dtype is None or self.values.dtype == dtype, f"values of {scheme.name} are {self.values.dtype}"
         assert (self.scale is None) == scheme.is_dense, f"scales of {scheme.name}"
         assert (self.static is None) == (scheme.activation != "static"), f"calibrated numbers of {scheme.name}"
+        assert self.visual_static is None or self.static is not None, f"two ranges of {scheme.name}"
         assert (self.group_scale is None) == (not scheme.is_two_stage), f"group scales of {scheme.name}"
         assert (self.zero is None) == (not scheme.is_asymmetric), f"zero points of {scheme.name}"
         by_group = (self.out_features, self.in_features // (scheme.group_size or self.in_features or 1))
@@ -162,9 +167,16 @@ class Weight:
     def in_features(self) -> int:
         return self.values.shape[1] * (2 if self.scheme.weight_bits == 4 else 1)
 
+    @cached_property
+    def for_visual(self) -> Weight:
+        """The same numbers as visual tokens meet them."""
+        return replace(self, static=self.visual_static, visual_static=None) if self.visual_static else self
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor it consists of."""
-        static = () if self.static is None else (getattr(self.static, field.name) for field in fields(self.static))
+        static = [
+            getattr(each, field.name) for each in (self.static, self.visual_static) if each for field in fields(each)
+        ]
         for tensor in (self.values, self.scale, self.bias, self.group_scale, self.zero, *static):
             if tensor is not None:
                 yield tensor
@@ -175,7 +187,10 @@ class Weight:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Weight:
         """The same on `device`; what is in the working type (the bias, and dense values) becomes `dtype`."""
-        static = self.static and Static(*(getattr(self.static, f.name).to(device) for f in fields(self.static)))
+
+        def moved(static: Static | None) -> Static | None:
+            return static and Static(*(getattr(static, field.name).to(device) for field in fields(static)))
+
         values = self.values.to(device, dtype) if self.scheme.is_dense else self.values.to(device)
         return replace(
             self,
@@ -183,8 +198,9 @@ class Weight:
             scale=_maybe(self.scale, lambda scale: scale.to(device)),
             bias=_maybe(self.bias, lambda bias: bias.to(device, dtype)),
             group_scale=_maybe(self.group_scale, lambda scale: scale.to(device)),
-            static=static,
+            static=moved(self.static),
             zero=_maybe(self.zero, lambda zero: zero.to(device)),
+            visual_static=moved(self.visual_static),
         )
 
 
@@ -202,28 +218,26 @@ def stack(parts: Mapping[str, Weight]) -> Weight:
         if (weight.bias is None) != (first.bias is None):
             has = ("has no bias", "has a bias")
             raise _unlike(first_name, name, has[first.bias is not None], has[weight.bias is not None])
-        if first.static is not None and weight.static is not None:
+        if (weight.visual_static is None) != (first.visual_static is None):
+            has = ("has one input scale", "has another of visual tokens")
+            raise _unlike(first_name, name, has[first.visual_static is not None], has[weight.visual_static is not None])
+        for one, other in ((first.static, weight.static), (first.visual_static, weight.visual_static)):
+            if one is None or other is None:
+                continue
             for what in ("scale", "zero"):
-                ours, theirs = getattr(first.static, what), getattr(weight.static, what)
+                ours, theirs = getattr(one, what), getattr(other, what)
                 if not torch.equal(ours, theirs):
                     raise _unlike(first_name, name, f"has the input {what} {float(ours):g}", f"{float(theirs):g}")
     weights = list(parts.values())
-    static = None
-    if first.static is not None:
-        statics = [weight.static for weight in weights if weight.static is not None]
-        static = replace(
-            first.static,
-            quant_bias=torch.cat([static.quant_bias for static in statics]),
-            deq_scale=torch.cat([static.deq_scale for static in statics]),
-        )
     return Weight(
         side_by_side([weight.values for weight in weights]),
         _joined([weight.scale for weight in weights]),
         _joined([weight.bias for weight in weights]),
         first.scheme,
         _joined([weight.group_scale for weight in weights]),
-        static,
+        _joined_static([weight.static for weight in weights]),
         _joined([weight.zero for weight in weights]),
+        _joined_static([weight.visual_static for weight in weights]),
     )
 
 
@@ -241,6 +255,16 @@ def side_by_side(pieces: Sequence[Tensor]) -> Tensor:
 def _joined(pieces: list[Tensor | None]) -> Tensor | None:
     present = [piece for piece in pieces if piece is not None]
     return torch.cat(present) if present else None
+
+
+def _joined_static(parts: list[Static | None]) -> Static | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    quant_bias, deq_scale = (
+        torch.cat([getattr(part, name) for part in present]) for name in ("quant_bias", "deq_scale")
+    )
+    return replace(present[0], quant_bias=quant_bias, deq_scale=deq_scale)
 
 
 def _maybe(tensor: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -25,14 +25,14 @@ from saccade.base.meter import progress
 from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint
 from saccade.kernels import reference
 from saccade.kernels.record import Kernels, Segments
-from saccade.kernels.reference import quantize_rows, quantize_static
+from saccade.kernels.reference import quantize_rows
 from saccade.model.language import DecoderLayer, WholeSequences
 from saccade.model.layers import Embedding, Filled, Filling, Linear, Norm, fill
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.model.vision import Merger, VisionBlock
 from saccade.quantize.report import KINDS, QUANTILES, BlockMeasure, InputRange, LayerMeasure, sqnr_db
 from saccade.schemes.affine import quantize_rows_fp8
-from saccade.schemes.scheme import Static, Weight
+from saccade.schemes.scheme import Weight
 from saccade.verify.basis import find_rotation, rows_of, turned, value_rotations
 from saccade.verify.samples import Packed, Sample, pack
 
@@ -89,7 +89,7 @@ def _forward(model: Qwen2_5_VL, packed: Packed, kernels: Kernels, device: torch.
     # The model's own `embed` asks the embedding first, which is a pair here, then places the features.
     x = model.embed(ids, rows, features)
     attend = WholeSequences(kernels, packed.lengths * 2)
-    hidden = model(x, packed.positions.repeat(1, 2).to(device), attend)
+    hidden = model(x, packed.positions.repeat(1, 2).to(device), attend, rows)
     answers = torch.cat([packed.answer_rows, packed.answer_rows + num_tokens]).to(device)
     return model.head(hidden[answers])
 
@@ -301,10 +301,9 @@ def _recorded(block: nn.Module) -> Iterator[dict[str, _Seen]]:
     linears = [layer for layer in block.modules() if isinstance(layer, Linear)]
     for layer in linears:
 
-        def forward(x: Tensor, layer: Linear = layer) -> Tensor:
-            y, weight = layer.kernels.linear(x, layer.weight), layer.weight
-            rounded = _rounded(x, weight)
-            clipped = None if weight.static is None else _clipped(x, weight.static)
+        def forward(x: Tensor, is_visual: Tensor | None = None, layer: Linear = layer) -> Tensor:
+            y, weight = Linear.forward(layer, x, is_visual), layer.weight
+            rounded, clipped = _rounded(x, weight, is_visual)
             rows = list(layer.parts.values())
             weights = torch.split(weight.values, rows) if weight.scheme.is_dense else [None] * len(rows)
             for module, output, values in zip(layer.parts, torch.split(y, rows, dim=1), weights, strict=True):
@@ -319,12 +318,6 @@ def _recorded(block: nn.Module) -> Iterator[dict[str, _Seen]]:
         del layer.forward
 
 
-def _clipped(x: Tensor, static: Static) -> float:
-    """Share of the values that lie outside the static range."""
-    whole = (x / static.scale + static.zero).round()
-    return float(((whole < -128) | (whole > 127)).float().mean())
-
-
 def _kurtosis(values: Tensor) -> float:
     """values: [O, H]. Some rows at a time: a copy of all would be as large as the block's largest weight."""
     mean, second, fourth = values.float().mean(), 0.0, 0.0
@@ -335,14 +328,22 @@ def _kurtosis(values: Tensor) -> float:
     return fourth * values.numel() / max(second**2, 1e-60)
 
 
-def _rounded(x: Tensor, weight: Weight) -> Tensor | None:
-    """What the weight's scheme makes of its input, in x's own units."""
+def _rounded(x: Tensor, weight: Weight, is_visual: Tensor | None) -> tuple[Tensor | None, float | None]:
+    """What the weight's scheme makes of its input, in x's own units, and the share of the values outside the static range."""
     if weight.static is not None:
-        return (quantize_static(x, weight.static).float() - weight.static.zero) * weight.static.scale
+        scale, zero = (
+            getattr(weight.static, name)
+            if is_visual is None or weight.visual_static is None
+            else torch.where(is_visual[:, None], getattr(weight.visual_static, name), getattr(weight.static, name))
+            for name in ("scale", "zero")
+        )
+        whole = (x / scale + zero).round()
+        clipped = float(((whole < -128) | (whole > 127)).float().mean())
+        return (whole.clamp_(-128, 127) - zero) * scale, clipped
     if weight.scheme.activation == "none":
-        return None
-    whole, scale = (quantize_rows_fp8 if weight.scheme.is_float else quantize_rows)(x)
-    return whole.float() * scale[:, None]
+        return None, None
+    values, row_scale = (quantize_rows_fp8 if weight.scheme.is_float else quantize_rows)(x)
+    return values.float() * row_scale[:, None], None
 
 
 def _quantiles(x: Tensor) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_te
 from saccade.quantize.report import Check
 from saccade.schemes.affine import integer_values
 from saccade.schemes.packing import unpack
-from saccade.schemes.scheme import Weight
+from saccade.schemes.scheme import Static, Weight
 
 SIDE_FILES = ("preprocessor_config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json")
@@ -121,18 +121,22 @@ def find_faults(weight: Weight) -> Iterator[str]:
         yield f"scales of {_rows(~torch.isfinite(scale))} are not finite"
     elif bool((scale <= 0).any()):
         yield f"scales of {_rows(scale <= 0)} are not positive"
-    if weight.static is None:
-        return
-    static = weight.static
+    for static, its_input in ((weight.static, "its input"), (weight.visual_static, "its visual tokens")):
+        if static is not None:
+            yield from _find_static_faults(weight, static, its_input)
+
+
+def _find_static_faults(weight: Weight, static: Static, its_input: str) -> Iterator[str]:
     scale_of_input, zero = float(static.scale), float(static.zero)
     if not -128 <= zero <= 127:
-        yield f"the zero point {zero:g} of its input does not fit int8"
+        yield f"the zero point {zero:g} of {its_input} does not fit int8"
     if not bool(torch.isfinite(static.deq_scale).all()):
         yield f"deq_scale of {_rows(~torch.isfinite(static.deq_scale))} is not finite"
         return
+    assert weight.scale is not None, "a quantized weight has scales"
     distance = (static.deq_scale / (scale_of_input * weight.scale) - 1).abs()
     if bool((off := distance > DEQUANTIZATION_TOLERANCE).any()):
-        yield f"deq_scale of {_rows(off)} is not the input's scale times the weight's"
+        yield f"deq_scale of {_rows(off)} is not the scale of {its_input} times the weight's"
         return
     # quant_bias holds the bias and the zero point's share, -zero * sum of the row: both are known, and it is a whole number.
     sums = integer_values(weight).sum(1, dtype=torch.float64)

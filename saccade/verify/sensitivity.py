@@ -117,7 +117,8 @@ class Trials:
         features = None if packed.patches is None else self._encoded(model, packed.patches)
         rows = None if features is None else packed.media_rows.to(device)
         x = model.embed(packed.token_ids.to(device), rows, features)
-        hidden = model(x, packed.positions.to(device), WholeSequences(model.kernels, packed.lengths))
+        attend = WholeSequences(model.kernels, packed.lengths)
+        hidden = model(x, packed.positions.to(device), attend, rows)
         return model.head(hidden[packed.answer_rows.to(device)]).float().cpu()
 
     def _encoded(self, model: Qwen2_5_VL, patches: Tensor) -> Tensor:

@@ -288,6 +288,8 @@ def test_a_quantized_checkpoint_is_refused(small: Path, tmp_path: Path) -> None:
         ({"format": "gguf"}, "format is 'gguf'"),
         ({"percentile": 120.0}, "percentile is 120"),
         ({"rules": (Rule("*", "int5"),)}, "int5"),
+        ({"scheme": "w4a8", "visual_scales": True}, "w4a8 has none: use --scheme w8a8"),
+        ({"scheme": "w8a8", "visual_scales": True, "format": "mindie"}, "mindie files have one input scale"),
         ({"schem": "w8a8"}, "did you mean 'scheme'"),
         ({"calibration": "/nowhere"}, "does not exist"),
         ({"rules": (Rule("model.layer.*.up_proj", "float"),)}, "matches no linear; the nearest names are"),

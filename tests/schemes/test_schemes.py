@@ -188,13 +188,13 @@ def test_two_stages_multiplied_out_come_apart_again() -> None:
 
 def test_a_calibrated_weight_counts_its_bias_and_zero_point_in_steps_of_the_product() -> None:
     values, bias = torch.tensor([[100, -20], [0, 0]], dtype=torch.int8), torch.tensor([3.0, -1.0])
-    weight = static_weight(values, torch.tensor([1.0, 1e-38]), bias, torch.tensor([0.5]), torch.tensor([7]))
+    weight = static_weight(values, torch.tensor([1.0, 1e-38]), bias, (torch.tensor([0.5]), torch.tensor([7])))
     assert weight.static is not None
     assert weight.static.quant_bias[0] == 6 - 7 * 80
     # A row of zeros, whose scale says nothing, still gives its bias.
     assert float(weight.static.quant_bias[1] * weight.static.deq_scale[1]) == pytest.approx(-1.0, rel=1e-6)
     assert weight.scale is not None
-    again = static_weight(values, weight.scale, bias, torch.tensor([0.5]), torch.tensor([7]))
+    again = static_weight(values, weight.scale, bias, (torch.tensor([0.5]), torch.tensor([7])))
     assert all(torch.equal(a, b) for a, b in zip(weight.tensors(), again.tensors(), strict=True))
 
 

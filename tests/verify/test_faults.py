@@ -228,6 +228,6 @@ def test_a_static_bias_may_have_had_more_digits_than_the_stored_one() -> None:
     plain = quantize_weight(Weight(torch.randn(2, 64)), W8A8_DYNAMIC)
     assert plain.scale is not None
     one = torch.ones(1)
-    whole = static_weight(plain.values, plain.scale, wide, 0.01 * one, 3 * one)
+    whole = static_weight(plain.values, plain.scale, wide, (0.01 * one, 3 * one))
     assert not list(find_faults(replace(whole, bias=wide.bfloat16())))
     assert list(find_faults(replace(whole, bias=(1.05 * wide).bfloat16())))

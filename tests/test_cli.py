@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +48,18 @@ def test_help_imports_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "ask" in out
     assert out.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_torchs_threads_do_not_wait_awake_unless_told_to(given: dict[str, str], expected: str) -> None:
+    code = "import os, sys; sys.argv = ['saccade', '--help']\nfrom saccade.cli import main\n"
+    code += "try:\n main()\nfinally:\n print(os.environ.get('GOMP_SPINCOUNT'))"
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**others, **given}).stdout
+    assert out.strip().splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize("command", ["ask", "inspect", "quantize", "verify", "doctor", "bench", "eval", "demo"])

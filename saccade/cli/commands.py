@@ -56,8 +56,19 @@ def program() -> None:
     """
 
 
+def let_threads_sleep() -> None:
+    """Has torch's threads wait for each other awake no longer than a moment, unless the user says how; before torch is imported.
+
+    They do so after every operation they share, for a millisecond by default: on processors that another program needs, too, they
+    then wait most of the time (docs/notes/cpu-decode.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 refused or failed, 2 wrong usage, 130 interrupted."""
+    let_threads_sleep()
     is_verbose = "--verbose" in sys.argv
     logging.basicConfig(level=logging.DEBUG if is_verbose else logging.WARNING, format="%(name)s: %(message)s")
     for noisy in ("PIL", "httpx", "httpcore", "urllib3", "filelock", "huggingface_hub", "matplotlib", "libav"):

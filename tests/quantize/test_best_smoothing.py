@@ -15,7 +15,7 @@ from saccade.checkpoints.formats import open_checkpoint
 from saccade.quantize.learned_scale import COMPENSATED, learned_scale
 from saccade.quantize.ranges import METHODS, Method, fake_static, parameters, static_parameters
 from saccade.quantize.rotation import hadamard, rotation
-from saccade.quantize.smoothing import SMOOTHINGS, Smoothing, best_scale, loss, rounded_gain, trial
+from saccade.quantize.smoothing import SMOOTHINGS, Smoothing, _rounded_input, best_scale, loss, rounded_gain, trial
 from saccade.quantize.statistics import FIRST, PICTURE, TEXT, Seen, Watcher, hessian_block, tokens_of
 from saccade.schemes.affine import dequantize
 from saccade.schemes.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, Scheme
@@ -147,6 +147,18 @@ def test_a_found_scale_makes_the_output_less_wrong(method: Smoothing, scheme: Sc
     assert after <= before
     if scheme.activation != "none":
         assert after < (0.5 if scheme.weight_bits == 8 else 0.95) * before
+
+
+def test_a_fixed_range_is_tried_as_the_weight_feels_it() -> None:
+    """Values of a channel that no output reads may be clipped for the others' sake."""
+    x = torch.randn(len(KINDS), 2, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= 20
+    seen = watched(x)
+    errors = [
+        (_rounded_input(seen, W8A8, False, importance) - seen.rows)[:, 0].norm()
+        for importance in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    ]
+    assert errors[0] < errors[1] / 2
 
 
 def test_searching_is_as_good_as_the_best_method() -> None:

@@ -38,6 +38,11 @@ class Sample:
         return (*self.prompt.token_ids, *self.answer[:-1])
 
     @property
+    def is_visual(self) -> Tensor:
+        """[T of this sample] bool. What a model answers may hold a placeholder, which stands for nothing."""
+        return torch.nn.functional.pad(self.prompt.is_visual(), (0, len(self.answer) - 1))
+
+    @property
     def positions(self) -> Tensor:
         """[3, T of this sample]: past the prompt all axes count on together."""
         answered = self.prompt.next_position + torch.arange(len(self.answer) - 1)
@@ -87,11 +92,7 @@ def pack(samples: Sequence[Sample], config: ModelConfig) -> Packed:
     token_ids = torch.tensor([token for sample in samples for token in sample.token_ids])
     lengths = tuple(len(sample.token_ids) for sample in samples)
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    is_media = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
-    for start, sample in zip(
-        starts, samples, strict=True
-    ):  # what a model answers may hold a placeholder that stands for nothing
-        is_media[start + len(sample.prompt) : start + len(sample.token_ids)] = False
+    is_media = torch.cat([sample.is_visual for sample in samples])
     kinds = torch.where(is_media, KINDS.index("picture"), KINDS.index("text")).to(torch.uint8)
     kinds[starts] = KINDS.index("first")
     rows = [

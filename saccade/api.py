@@ -161,7 +161,7 @@ class LLM:
         """`start`: keywords with which another process opens the same model."""
         options = self.options
         self.config, self.tokenizer = config, tokenizer
-        self.quantization = options.quantization or (source.quantization if isinstance(source, Checkpoint) else None)
+        self.quantization = _quantization(options, source.quantization if isinstance(source, Checkpoint) else None)
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
         device, dtype = own_device(choose_device(options.device)), torch_dtype(options.dtype, config)
         num_ranks = max(options.tensor_parallel, launched_size())
@@ -169,13 +169,14 @@ class LLM:
             torch.set_num_threads(options.threads or max(1, usable_cpus() // num_ranks))
         chosen_kernels = choose(device, dict(kernels or {}))
         Qwen2_5_VL(config, chosen_kernels, Ranks(size=num_ranks))  # can it be cut so? Before any process is started
-        scheme = loading_scheme(options.quantization)
+        scheme, head_scheme = loading_schemes(options)
         self._crew = crew = meet(options.tensor_parallel, device, start)
         if crew.ranks.leads:
             weakref.finalize(self, crew.close).atexit = False  # the crew itself sees to that
         model = Qwen2_5_VL(config, chosen_kernels, crew.ranks)
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, scheme) // crew.ranks.size
+        model_or_config = source if isinstance(source, Checkpoint) else config
+        weights = weight_bytes(model_or_config, dtype, scheme, head_scheme) // crew.ranks.size
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
@@ -187,7 +188,7 @@ class LLM:
         is_used_as_it_is = device.type == "cpu" and scheme.is_dense and crew.ranks.is_alone
         is_mapped = options.mmap and is_used_as_it_is
         in_place = MappedCheckpoint(source) if is_mapped and isinstance(source, Checkpoint) else None
-        filling = Filling(source, dtype, device, scheme, folds_keys=is_int8, in_place=in_place)
+        filling = Filling(source, dtype, device, scheme, head_scheme, folds_keys=is_int8, in_place=in_place)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance, within_memory(device, LOAD_REMEDY):
             for _ in model.load(filling):
                 advance(1)
@@ -348,8 +349,8 @@ def plan(
         messages, defaults=media or MediaOptions(), limits=limits or MediaLimits()
     )
     max_tokens = (sampling_params or SamplingParams()).max_tokens
-    scheme = loading_scheme(chosen.quantization)
-    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), scheme)
+    scheme, head_scheme = loading_schemes(chosen)
+    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), scheme, head_scheme)
     return replace(plan_for(config, prompt, max_tokens, chosen, weights), notes=tuple(stand_ins(config, scheme)))
 
 
@@ -395,10 +396,17 @@ def torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return DTYPES[full]
 
 
-def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Scheme = DENSE) -> int:
-    """Bytes of all weights in memory; `scheme` is what linears that come dense are quantized to while loading.
+def loading_schemes(options: EngineOptions) -> tuple[Scheme, Scheme]:
+    """What linears that come dense are quantized to while loading, and what the output head is."""
+    return loading_scheme(options.quantization), loading_scheme(options.head_quantization)
 
-    Raises OptionError when there is such a scheme and the checkpoint is quantized already.
+
+def weight_bytes(
+    model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Scheme = DENSE, head_scheme: Scheme = DENSE
+) -> int:
+    """Bytes of all weights in memory; the schemes are those of `loading_schemes`. A tied head that is quantized is one of its own.
+
+    Raises OptionError when what is to be quantized is so already.
     """
     if isinstance(model, Checkpoint) and model.quantization is not None:
         if not scheme.is_dense:
@@ -406,14 +414,33 @@ def weight_bytes(model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Sc
                 f"quantization {scheme.name!r} is for checkpoints that are not quantized, and {model.folder} is: "
                 f"{model.quantization}; leave the option out"
             )
-        return model.weight_bytes(dtype)
+        if not head_scheme.is_dense and model.is_quantized("lm_head"):
+            raise OptionError(
+                f"head_quantization {head_scheme.name!r}: {model.folder} has a {model.scheme('lm_head').name} head; "
+                "leave the option out"
+            )
+        return model.weight_bytes(dtype) + head_bytes(model.config, dtype, head_scheme)
     config = model.config if isinstance(model, Checkpoint) else model
     total = 0.0
     for name, shape in expected_tensors(config).items():
         is_linear = len(shape) == 2 and name not in (EMBEDDING, HEAD)
         stored = fitting(scheme, shape[1]) if is_linear else DENSE
         total += math.prod(shape) * (dtype.itemsize if stored.is_dense else stored.bytes_per_weight)
-    return int(total)
+    return int(total) + head_bytes(config, dtype, head_scheme)
+
+
+def _quantization(options: EngineOptions, stored: str | None) -> str | None:
+    """In a few words; `stored`: that of the checkpoint."""
+    head = None if options.head_quantization is None else f"head {options.head_quantization}"
+    return ", ".join(words for words in (options.quantization or stored, head) if words) or None
+
+
+def head_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme) -> int:
+    """What a head in this scheme adds to a model whose head is dense: less than nothing where it is not tied."""
+    text = config.text
+    before = 0 if text.tie_word_embeddings else dtype.itemsize
+    stored = fitting(scheme, text.hidden_size)
+    return 0 if stored.is_dense else int(text.vocab_size * text.hidden_size * (stored.bytes_per_weight - before))
 
 
 def keeps_int8_cache(config: ModelConfig, options: EngineOptions) -> bool:

@@ -209,7 +209,8 @@ def bench(
     peak_device = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     machine = machine or measure_machine(model.device, model.dtype)
     tower, decoder = (
-        Storage(bytes_per_linear_value(part), model.dtype.itemsize) for part in (model.visual, model.language)
+        Storage(bytes_per_linear_value(part), model.dtype.itemsize, model.lm_head.bytes_per_value)
+        for part in (model.visual, model.language)
     )
     seconds = [_stage_seconds(answer, total, tokens_out) for answer, total in runs]
     works = stage_works(llm.config, output.media, len(output.prompt_token_ids), tokens_out, tower, decoder)

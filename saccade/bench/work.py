@@ -26,10 +26,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of a value: of a linear layer's weights (quantized perhaps), and of all else, the cache included."""
+    """Bytes of a value: of a linear layer's weights and of the output head's (quantized perhaps), and of all else, the cache
+    included."""
 
     linear: float = 2.0
     other: float = 2.0
+    head: float = 2.0
 
 
 # --- the tower -------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def cache_bytes_per_token(config: ModelConfig, storage: Storage) -> float:
 def decoder_weight_bytes(config: ModelConfig, storage: Storage) -> float:
     """Of the layers' linears and the head, read once."""
     layers = config.text.num_layers * layer_weights(config) * storage.linear
-    return layers + config.text.vocab_size * config.text.hidden_size * storage.other
+    return layers + config.text.vocab_size * config.text.hidden_size * storage.head
 
 
 def prefill_attention_operations(config: ModelConfig, num_tokens: int) -> float:

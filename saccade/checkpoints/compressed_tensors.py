@@ -556,9 +556,7 @@ def config_entry(
     assert quantized, "no linear is quantized"
     is_uniform = len(quantized) == 1
     groups = {
-        f"group_{index}": _group_entry(
-            scheme, ["Linear"] if is_uniform else list(_patterns(modules)), has_visual_scales
-        )
+        f"group_{index}": _group_entry(scheme, list(_written_targets(modules, is_uniform)), has_visual_scales)
         for index, (scheme, modules) in enumerate(quantized.items())
     }
     formats = {group["format"] for group in groups.values()}
@@ -597,6 +595,14 @@ def _group_entry(scheme: Scheme, targets: list[str], has_visual_scales: bool) ->
         "input_activations": inputs,
         "output_activations": None,
     }
+
+
+def _written_targets(modules: Sequence[str], are_all: bool) -> Iterator[str]:
+    """What a group says of its modules. `are_all`: there is no other group. A head is of another class, and engines prefix it."""
+    layers = [module for module in modules if module != "lm_head"]
+    yield from ["Linear"] if are_all else _patterns(layers)
+    if "lm_head" in modules:
+        yield "re:.*lm_head$"
 
 
 def _patterns(modules: Sequence[str]) -> Iterator[str]:

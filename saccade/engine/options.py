@@ -81,6 +81,10 @@ class EngineOptions:
         None,
         "quantize the linear layers while loading: w8a16, w4a16-g128, w8a8-dynamic, w4a8-g128, fp8; groups: 32 to 256",
     )
+    head_quantization: str | None = option(
+        None,
+        "quantize the output head while loading, too: w8a16, say; every token reads all of it, and it is float otherwise",
+    )
     source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     threads: int | None = option(

@@ -45,14 +45,15 @@ class InPlace(Protocol):
 class Filling:
     """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense.
 
-    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names. `folds_keys`: scales are moved
-    from keys to queries (see key_fold.py). What is `in_place` is not copied from `source`.
+    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names. The output head has a scheme of
+    its own. `folds_keys`: scales are moved from keys to queries (see key_fold.py). What is `in_place` is not copied from `source`.
     """
 
     source: TensorSource
     dtype: torch.dtype
     device: torch.device
     scheme: Scheme = DENSE
+    head_scheme: Scheme = DENSE
     folds_keys: bool = False
     in_place: InPlace | None = None
 
@@ -139,6 +140,12 @@ class Linear(nn.Module):
             filling.tensor(*self.row, parts=weights).flatten(1),
             bias=filling.tensor(parts=biases) if self.has_bias else None,
         )
+
+    @property
+    def bytes_per_value(self) -> float:
+        """Of the weight."""
+        scheme = self.weight.scheme
+        return self.weight.values.element_size() if scheme.is_dense else scheme.bytes_per_weight
 
     def forward(self, x: Tensor, is_visual: Tensor | None = None) -> Tensor:
         """x: [T, H]; is_visual: [T] bool, which rows stand for pictures and videos; None if none does. Returns [T, O]."""
@@ -227,11 +234,9 @@ def bytes_per_linear_value(module: nn.Module) -> float:
     num_values, total = 0, 0.0
     for layer in module.modules():
         if isinstance(layer, Linear) and layer.is_quantizable:
-            weight, count = layer.weight, layer.in_features * layer.out_features
+            count = layer.in_features * layer.out_features
             num_values += count
-            total += count * (
-                weight.values.element_size() if weight.scheme.is_dense else weight.scheme.bytes_per_weight
-            )
+            total += count * layer.bytes_per_value
     return total / max(num_values, 1)
 
 

@@ -16,6 +16,8 @@ from saccade.model.language import Attend, DecoderLayer, LanguageModel
 from saccade.model.layers import Filling, Linear, fill
 from saccade.model.sharding import cut_heads, cut_width, length
 from saccade.model.vision import VisionTower
+from saccade.schemes.affine import quantize_weight
+from saccade.schemes.scheme import fitting
 
 BLOCKS_AT_ONCE = 4  # that are read, and put into the kernels' form: as many lie in memory twice for a moment
 
@@ -46,7 +48,7 @@ class Qwen2_5_VL(nn.Module):
             yield "lm_head", self.lm_head
 
     def load(self, filling: Filling) -> Iterator[str]:
-        """Fills the blocks, yielding their names in order; a tied head shares the embedding's numbers.
+        """Fills the blocks, yielding their names in order; a tied head shares the embedding's numbers, if it is not quantized.
 
         A few at once where numbers are taken as they are; one where they are quantized, which torch's threads share already.
         """
@@ -69,6 +71,9 @@ class Qwen2_5_VL(nn.Module):
         if self.config.text.tie_word_embeddings:
             whole = self.language.embed_tokens.weight
             self.lm_head.weight = whole if self.ranks.is_alone else self.lm_head.share_of(whole)
+        if not filling.head_scheme.is_dense:
+            scheme = fitting(filling.head_scheme, self.config.text.hidden_size)
+            self.lm_head.weight = quantize_weight(self.lm_head.weight, scheme)
 
     @property
     def num_kv_heads(self) -> int:

@@ -28,9 +28,11 @@ Format = Literal["compressed-tensors", "vllm-ascend", "mindie"]
 Rounding = Literal["rtn", "mse", "gptq"]
 Layers = Literal["reference", "all"]
 Vision = Literal["float", "reference", "all"]
+Head = Literal["float", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "fp8"]
 
 FORMATS = ("compressed-tensors", "vllm-ascend", "mindie")
 SCHEME_NAMES = ("w8a8", "w8a8-dynamic", "w4a8", "w8a16", "w4a16", "fp8")
+HEADS = ("float", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "fp8")
 FLOAT = "float"
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -91,6 +93,10 @@ class BestRecipe:
     vision: Literal["float", "reference", "all"] | None = option(
         None, "vision tower: float, the layers msModelSlim quantizes, or all"
     )
+    head: Literal["float", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "fp8"] = option(
+        "float",
+        "output head, all of which a token reads: float, or a scheme (w8a16); one tied to the embedding is untied",
+    )
     calibration: str = option(BUILTIN, "folder of pictures, .jsonl of conversations, or builtin")
     samples: int | None = option(None, "take only so many of them, drawn by the seed", low=1, high=100_000)
     kv_cache: Literal["model", "int8"] = option(
@@ -115,6 +121,7 @@ class BestRecipe:
             ("rounding", (None, "rtn", "mse", "gptq")),
             ("layers", (None, "reference", "all")),
             ("vision", (None, "float", "reference", "all")),
+            ("head", HEADS),
             ("group_size", (None, *GROUP_SIZES)),
         ):
             value = getattr(self, name)
@@ -129,6 +136,10 @@ class BestRecipe:
         ):
             raise OptionError(
                 f"visual_scales are static ones; {self.scheme} has none: use --scheme w8a8, or leave it out"
+            )
+        if self.is_ascend and self.head != FLOAT:
+            raise OptionError(
+                f"head is {self.head}; {self.format} has float heads alone: use --format compressed-tensors"
             )
         if self.is_ascend and self.scheme in ("w4a16", "fp8"):
             raise OptionError(
@@ -170,6 +181,15 @@ class BestRecipe:
     @property
     def vision_layers(self) -> Vision:
         return self.vision or ("reference" if self.is_ascend else "float")
+
+    @property
+    def head_scheme(self) -> Scheme:
+        return self.scheme_called(self.head)
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether a head that was the embedding becomes a tensor of its own."""
+        return self.is_rotated or self.head != FLOAT
 
     @property
     def main_scheme(self) -> Scheme:

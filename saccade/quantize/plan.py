@@ -17,7 +17,7 @@ import torch
 from saccade.base.errors import OptionError
 from saccade.base.meter import gigabytes
 from saccade.checkpoints.config import ModelConfig
-from saccade.checkpoints.formats import expected_tensors
+from saccade.checkpoints.formats import HEAD, expected_tensors
 from saccade.kernels import reference
 from saccade.model.layers import Linear
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
@@ -29,6 +29,7 @@ FLOPS_PER_SECOND = 1.5e11
 VALUES_PER_SECOND = {"rtn": 4e8, "mse": 2e7, "gptq": 1.2e7}
 WORKING_BYTES = 600_000_000  # torch, the tokenizer, pictures, what arithmetic takes on its way
 
+PATCH_EMBEDDING, HEAD_MODULE = "visual.patch_embed.proj", HEAD.removesuffix(".weight")
 _REFERENCE_DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 _REFERENCE_TOWER = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj")
 
@@ -54,7 +55,7 @@ class PlannedLayer:
 class Plan:
     recipe: BestRecipe
     layers: tuple[PlannedLayer, ...]  # the linears that may be quantized
-    others: tuple[str, ...]  # those that may not: the patch embedding, the head
+    others: tuple[str, ...]  # those that stay float whatever the scheme: the patch embedding, the head unless asked for
     source_bytes: int
     output_bytes: int
     peak_memory_bytes: int
@@ -99,12 +100,12 @@ def make_plan(config: ModelConfig, recipe: BestRecipe, num_tokens: int = 0, num_
     """Raises OptionError for a rule that matches nothing, and for linears that run as one but would differ."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config, reference.kernels())
-    every = [module for module in model.modules() if isinstance(module, Linear)]
-    linears = [linear for linear in every if linear.is_quantizable]
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.is_quantizable]
     names = [name for linear in linears for name in linear.parts]
     for rule in recipe.rules:
         if not fnmatch.filter(names, rule.match):
-            raise OptionError(f"the rule {rule.match!r} matches no linear{nearest_names(rule.match, names)}")
+            advice = "; that of the head is --head" if rule.match == HEAD_MODULE else nearest_names(rule.match, names)
+            raise OptionError(f"the rule {rule.match!r} matches no linear{advice}")
     layers = []
     for linear in linears:
         parts = [_planned(name, rows, linear.in_features, recipe) for name, rows in linear.parts.items()]
@@ -112,16 +113,23 @@ def make_plan(config: ModelConfig, recipe: BestRecipe, num_tokens: int = 0, num_
             found = ", ".join(f"{part.module} {part.scheme.name}" for part in parts)
             raise OptionError(f"{found}: they read the same input and run as one product; give them one scheme")
         layers += parts
+    others = [PATCH_EMBEDDING]
+    if recipe.head_scheme.is_dense:
+        others.append(HEAD_MODULE)
+    else:
+        text = config.text
+        scheme = fitting(recipe.head_scheme, text.hidden_size)
+        layers.append(PlannedLayer(HEAD_MODULE, text.vocab_size, text.hidden_size, scheme, f"--head {recipe.head}"))
     shapes = expected_tensors(config)
     itemsize = getattr(torch, config.dtype).itemsize
     source_bytes = sum(math.prod(shape) for shape in shapes.values()) * itemsize
     quantized = [layer for layer in layers if not layer.scheme.is_dense]
     saved = sum(layer.rows * layer.columns * itemsize - layer.size_bytes for layer in quantized)
-    untied = shapes["model.embed_tokens.weight"] if recipe.is_rotated and config.text.tie_word_embeddings else (0,)
+    untied = shapes["model.embed_tokens.weight"] if recipe.unties_head and config.text.tie_word_embeddings else (0,)
     return Plan(
         recipe,
         tuple(layers),
-        tuple(name for linear in every if not linear.is_quantizable for name in linear.parts),
+        tuple(others),
         source_bytes,
         source_bytes - saved + math.prod(untied) * itemsize,
         _peak_bytes(config, linears, recipe, num_tokens, num_patches),

@@ -5,7 +5,7 @@ Knows one linear and what was seen of its inputs; knows no block and no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from saccade.quantize.source import Block
 from saccade.quantize.statistics import ANSWER, FIRST, PICTURE, TEXT, Seen
 from saccade.quantize.steps import Steps, as_weight, dequantized, max_steps, round_to_nearest, static_part
 from saccade.schemes.affine import Levels
-from saccade.schemes.scheme import Scheme, Weight
+from saccade.schemes.scheme import Scheme, Weight, stack
 
 ROWS_MEASURED = 256  # tokens of each kind
 KINDS_MEASURED: dict[Kind, tuple[int, ...]] = {"text": (TEXT, ANSWER), "picture": (PICTURE,), "first": (FIRST,)}
@@ -60,6 +60,18 @@ class Rounder:
             rounded = self.as_weight(part, multiples, steps, source, levels)
             source.weights[part] = rounded
             yield self.measure(part, rounded, weight, multiples, steps, seen, before)
+
+    def round_rows(self, module: str, pieces: Iterable[Tensor], scheme: Scheme) -> tuple[Weight, LayerMeasure]:
+        """A weight that is not to lie in memory whole: [n, H] float32 at a time, of whose inputs nothing is known."""
+        rounded, signal, noise = list[Weight](), 0.0, 0.0
+        for piece in pieces:
+            multiples, steps = self.multiples(piece, scheme, None, None)
+            rounded.append(as_weight(multiples.contiguous(), steps, None))
+            signal += float(piece.square().sum())
+            noise += float(dequantized(multiples, steps).sub_(piece).square_().sum())
+        whole = stack({f"piece {number} of {module}": weight for number, weight in enumerate(rounded)})
+        measure = LayerMeasure(module, scheme.name, weight_db=sqnr_db(signal, noise), size_bytes=whole.size_bytes)
+        return whole, measure
 
     def multiples(
         self, weight: Tensor, scheme: Scheme, seen: Seen | None, blocks: Sequence[Correction] | None

@@ -25,7 +25,7 @@ from saccade.model.vision import VisionBlock
 from saccade.quantize.job import Job
 from saccade.quantize.kept import Kept, tensors_of
 from saccade.quantize.pairs import pairs
-from saccade.quantize.plan import MAX_HESSIAN
+from saccade.quantize.plan import HEAD_MODULE, MAX_HESSIAN
 from saccade.quantize.report import LayerMeasure
 from saccade.quantize.round_linear import Rounder
 from saccade.quantize.smoothing import best_scale, rounded_gain, trial
@@ -92,7 +92,7 @@ class Run:
             elif name != "lm_head":
                 yield lambda name=name: self.finish(self.dense_tensors(self.source.block(name)))  # type: ignore[misc]
         if not self.config.text.tie_word_embeddings:
-            yield lambda: self.finish([(HEAD, self.table(HEAD))])
+            yield lambda: self.head()
 
     def finish(self, tensors: Iterable[tuple[str, Tensor]], measures: Sequence[LayerMeasure] = ()) -> None:
         self.state.finish(tensors, self.hidden, [asdict(measure) for measure in measures])
@@ -127,14 +127,28 @@ class Run:
                 self.hidden[is_medium] = features
         self.finish([(EMBEDDING, self.table(EMBEDDING))])
 
+    def head(self) -> None:
+        scheme = self.job.plan.assignment[HEAD_MODULE]
+        if scheme.is_dense:
+            self.finish([(HEAD, self.table(HEAD))])
+            return
+        pieces = (rows.to(self.job.device) for _, rows in self.table_rows(HEAD))
+        weight, measure = self.rounder.round_rows(HEAD_MODULE, pieces, scheme)
+        self.finish(self.job.format.tensors_of(HEAD_MODULE, weight).items(), [measure])
+
     def table(self, name: str) -> Tensor:
         """The embedding or the head, in the model's type."""
-        shape = self.source.shapes[name]
-        out = torch.empty(shape, dtype=self.dtype)
-        for first in range(0, shape[0], ROWS_AT_ONCE):
-            rows = slice(first, min(first + ROWS_AT_ONCE, shape[0]))
-            out[rows] = self.source.table_rows(name, rows).to(self.dtype)
+        out = torch.empty(self.source.shapes[name], dtype=self.dtype)
+        for which, rows in self.table_rows(name):
+            out[which] = rows.to(self.dtype)
         return out
+
+    def table_rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The embedding or the head in float32, some rows at a time, and which they are."""
+        num_rows = self.source.shapes[name][0]
+        for first in range(0, num_rows, ROWS_AT_ONCE):
+            which = slice(first, min(first + ROWS_AT_ONCE, num_rows))
+            yield which, self.source.table_rows(name, which)
 
     # --- a block ---
 
@@ -289,6 +303,9 @@ class Gathering(Run):
 
     def finish(self, tensors: Iterable[tuple[str, Tensor]], measures: Sequence[LayerMeasure] = ()) -> None:
         self.state.finish((), self.hidden, [])
+
+    def head(self) -> None:
+        self.finish(())
 
     def table(self, name: str) -> Tensor:
         return torch.empty(0)

@@ -42,6 +42,7 @@ class Source:
         self._stream = None
         if recipe.is_rotated:
             self._stream = turning.rotation(self.config.text.hidden_size, recipe.seed, "stream")
+        if recipe.unties_head:
             self.config = replace(self.config, text=replace(self.config.text, tie_word_embeddings=False))
         self.shapes = expected_tensors(self.config)
 

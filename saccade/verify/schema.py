@@ -24,7 +24,7 @@ SIDE_FILES = ("preprocessor_config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json")
 TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")
 USUALLY_FLOAT = {
-    "lm_head": "logits feel every error of it, and engines expect it float",
+    "lm_head": "logits feel every error of it, and not every engine reads it",
     "model.embed_tokens": "it is looked up, not multiplied",
     "visual.patch_embed.proj": "a convolution over raw pixels, small",
     "visual.merger.mlp.0": "every picture token passes it, and it is small",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from saccade.base.meter import progress
-from saccade.checkpoints.formats import Checkpoint, expected_tensors
+from saccade.checkpoints.formats import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from saccade.checkpoints.shards import TensorInfo
 from saccade.quantize.report import EXACT_DB, sqnr_db
 from saccade.schemes.affine import dequantize
 from saccade.schemes.scheme import DENSE, Scheme, Weight
@@ -67,8 +68,8 @@ class WeightMeasure:
 
 
 def compare_weights(source: Checkpoint, quantized: Checkpoint, rotation: Tensor | None) -> Iterator[WeightMeasure]:
-    """Every matrix of the model, and the patch embedding."""
-    names = [name for name, shape in expected_tensors(source.config).items() if len(shape) > 1]
+    """Every matrix of the quantized model, and the patch embedding."""
+    names = [name for name, shape in expected_tensors(quantized.config).items() if len(shape) > 1]
     with progress(len(names), "comparing weights") as advance:
         for name in names:
             yield compare_weight(source, quantized, name.removesuffix(".weight"), rotation)
@@ -115,8 +116,14 @@ def _compare_matrix(source: Checkpoint, quantized: Checkpoint, module: str, rota
         and fit.basis in ("source", "smoothed")
         and fit.rows is not None
     ):
-        nearest = _nearest(fit.rows, weight, torch.finfo(source.info(f"{module}.weight").dtype).eps)
+        nearest = _nearest(fit.rows, weight, torch.finfo(_source_info(source, module).dtype).eps)
     return fit.sums.measure(module, DENSE if weight is None else weight.scheme, fit.basis, nearest)
+
+
+def _source_info(source: Checkpoint, module: str) -> TensorInfo:
+    """Of the module's weight; a tied head is the embedding."""
+    name = f"{module}.weight"
+    return source.info(EMBEDDING if name == HEAD and name not in source else name)
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def _as_expected(
     weight = quantized.weight(module)
     rows = rows_of(quantized, f"{module}.weight") if weight is None else _dequantized(weight)
     expected, _ = expected_rows(source, quantized, module, rotation)
-    num_rows, *row = source.info(f"{module}.weight").shape
+    num_rows, *row = _source_info(source, module).shape
     scheme = DENSE if weight is None else weight.scheme
     return _compare(expected, rows, num_rows, math.prod(row), scheme), expected, rows
 

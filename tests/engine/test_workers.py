@@ -29,7 +29,7 @@ CASES: list[dict[str, str]] = [
     {"dtype": "float32", "speculation": "lookup"},
     {"dtype": "bfloat16"},
     {"dtype": "float32", "quantization": "w8a8-dynamic"},
-    {"dtype": "float32", "quantization": "w4a8-g32"},
+    {"dtype": "float32", "quantization": "w4a8-g32", "head_quantization": "w8a16"},
     {"dtype": "float32", "quantization": "w4a16-g32"},
 ]
 

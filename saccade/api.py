@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -466,7 +467,15 @@ def usable_cpus() -> int:
 
 def _serve(runner: Runner) -> NoReturn:
     """What every rank but the first does with its model: what it is told. Then the process ends."""
-    follow(runner)
+    try:
+        follow(runner)
+    except Exception as error:
+        if isinstance(error, SaccadeError):
+            print(f"rank {runner.model.ranks.rank}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: an exchange that a dead rank never joins keeps an orderly exit waiting
     disconnect()
     sys.exit(0)
 

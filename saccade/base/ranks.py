@@ -71,6 +71,11 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.messages)
         return box[0]
 
+    def abandon(self) -> None:
+        """Ends what this rank waits for in exchanges that a dead peer never joins. gloo notices by itself, NCCL has to be told."""
+        if self.tensors is not None and dist.get_backend(self.tensors) == "nccl":
+            self.tensors.abort()
+
     def meet(self) -> None:
         """Waits until every rank is here."""
         if not self.is_alone:

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,8 @@ T = TypeVar("T")
 FOLLOWER = "saccade.follower"  # the module a started process runs
 STARTED = "SACCADE_STARTED"  # set for processes that a leader started
 MEETING_S = 120.0  # for processes to start, import torch and meet
-PARTING_S = 20.0  # for followers to end by themselves
+PARTING_S = 20.0  # for followers to end by themselves, or for the leader to leave an exchange that was given up
+WATCH_S = 0.2  # between looks at whether all processes live
 
 
 class Crew:
@@ -45,15 +47,38 @@ class Crew:
         self.processes = list(processes)
         self.is_broken = False
         self.is_closed = ranks.is_alone
+        self.is_computing = False
         self.runner: Callable[[], Runner | None] = lambda: None  # a weak reference
         if not ranks.is_alone and ranks.leads:
             atexit.register(self.close)  # after the groups were made, so that it runs before torch ends them
+        self.ending = threading.Lock()
+        if self.processes:
+            threading.Thread(target=self._watch, name="saccade-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Ends an exchange that waits for a process which has ended: on GPUs nothing else does within a recorded step."""
+        while all(process.poll() is None for process in self.processes):
+            if self.is_closed:
+                return
+            time.sleep(WATCH_S)
+        with self.ending:
+            if self.is_closed:
+                return
+            self.is_broken = True
+            self.ranks.abandon()
+        deadline = time.monotonic() + PARTING_S
+        while self.is_computing and time.monotonic() < deadline:
+            time.sleep(WATCH_S)
+        if self.is_computing:  # it cannot be reached any more, and would hold its GPU for ever
+            print(f"saccade: {self.gone() or 'a rank is gone'}, and rank 0 waits for it in vain", file=sys.stderr)
+            os._exit(1)
 
     def close(self) -> None:
         """Sends the followers home; those that do not go are ended. Does nothing the second time."""
-        if self.is_closed:
-            return
-        self.is_closed = True
+        with self.ending:
+            if self.is_closed:
+                return
+            self.is_closed = True
         atexit.unregister(self.close)
         if not self.is_broken:
             with contextlib.suppress(RuntimeError):  # they are gone already
@@ -84,10 +109,19 @@ class Crew:
         """What to raise when an exchange failed: who is gone, as far as it is known."""
         self.is_broken = True
         time.sleep(0.5)  # the connection closes before the process has ended
-        codes = {rank: process.poll() for rank, process in enumerate(self.processes, start=1)}
-        gone = [f"rank {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None]
+        gone = self.gone()
         self.close()
-        return DeviceError(f"{'; '.join(gone) or f'a rank is gone ({error})'}; what it said stands above")
+        return DeviceError(f"{gone or f'a rank is gone ({error})'}; what it said stands above")
+
+    def require_whole(self) -> None:
+        """Raises RuntimeError when a process has ended."""
+        if self.is_broken:
+            raise RuntimeError("a process has ended")
+
+    def gone(self) -> str:
+        """Which processes have ended; empty if none has."""
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes, start=1)}
+        return "; ".join(f"rank {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None)
 
 
 class LeadingRunner(Runner):
@@ -105,27 +139,43 @@ class LeadingRunner(Runner):
         return self._together("run", batch, lambda: super(LeadingRunner, self).run(batch, features))
 
     def head(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        return self._together("head", rows, lambda: super(LeadingRunner, self).head(hidden, rows))
+        return self._together("head", rows, lambda: self._arrived(super(LeadingRunner, self).head(hidden, rows)))
+
+    @staticmethod
+    def _arrived(logits: Tensor) -> Tensor:
+        """Computed, not merely queued: whoever waits for the card waits here, where a dead rank is an error with its name."""
+        if logits.device.type == "cuda":
+            torch.cuda.current_stream(logits.device).synchronize()
+        return logits
 
     def _together(self, name: str, argument: Any, compute: Callable[[], T]) -> T:
-        if self.crew.is_broken or self.crew.is_closed:
+        if self.crew.is_closed:
             raise DeviceError("this model's processes have ended; open it again")
+        self.crew.is_computing = True
         try:
+            self.crew.require_whole()
             self.crew.ranks.tell((name, argument))
-            return compute()
+            result = compute()
+            self.crew.require_whole()  # where an exchange was given up, this is no result
+            return result
         except RuntimeError as error:
             raise self.crew.broken(error) from error
         except BaseException:  # an interrupt, say: the others are somewhere within this computation and will not hear
             self.crew.is_broken = True
             self.crew.close()
             raise
+        finally:
+            self.crew.is_computing = False
 
 
 def follow(runner: Runner) -> None:
-    """Computes what the leader tells until it says that there is no more. The runner is of no use then."""
+    """Computes what the leader tells until it says that there is no more. The runner is of no use then.
+
+    Raises DeviceError when the leader is gone.
+    """
     features: list[Tensor] = []
     hidden: Tensor | None = None
-    while (message := runner.model.ranks.hear()) is not None:
+    while (message := _heard(runner.model.ranks)) is not None:
         name, argument = message
         if name == "embed_media":
             features, _ = runner.embed_media(argument)
@@ -135,6 +185,13 @@ def follow(runner: Runner) -> None:
             assert hidden is not None, "logits before a step"
             runner.head(hidden, argument)
     runner.forget_recordings()
+
+
+def _heard(ranks: Ranks) -> Any:
+    try:
+        return ranks.hear()
+    except RuntimeError as error:
+        raise DeviceError("rank 0 is gone") from error
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------

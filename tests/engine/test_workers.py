@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +144,60 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DeviceError, match=r"rank 1 .* there is 1"):
         own_device(torch.device("cuda", 0))
+
+
+class Waiting(Runner):
+    """Computes nothing, and waits for a peer, as an exchange between GPUs does."""
+
+    def __init__(self) -> None:
+        self.given_up = threading.Event()
+
+    def run(self, batch: Any, features: Any) -> Any:
+        self.given_up.wait(10)
+        return torch.zeros(1)
+
+    def forget_recordings(self) -> None:
+        pass
+
+
+def test_a_rank_that_dies_within_an_exchange_ends_the_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's exchanges on GPUs notice nothing by themselves: whoever started the rank gives them up."""
+    peer = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(Ranks, "tell", lambda self, message: peer.kill())
+    monkeypatch.setattr(Runner, "__init__", Waiting.__init__)
+    monkeypatch.setattr(Runner, "run", Waiting.run)
+    monkeypatch.setattr(Runner, "forget_recordings", Waiting.forget_recordings)
+    crew = workers.Crew(Ranks(0, 2), [peer])
+    runner = workers.LeadingRunner(crew)
+    monkeypatch.setattr(Ranks, "abandon", lambda self: runner.given_up.set())  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match="rank 1 ended with exit code -9"):
+        runner.run(None, ())  # type: ignore[arg-type]
+    assert runner.given_up.is_set()  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match="open it again"):
+        runner.run(None, ())  # type: ignore[arg-type]
+
+
+ORPHAN = """
+import os, signal, sys, time
+from saccade import LLM
+llm = LLM("demo", device="cpu", kv_cache_tokens=1024, tensor_parallel=2)
+print(llm._crew.processes[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_leader_that_dies_leaves_no_process_behind(tmp_path: Path) -> None:
+    """It inherits the leader's streams: files, for a pipe would be waited for as long as it lives."""
+    out, said = tmp_path / "out", tmp_path / "said"
+    with out.open("w") as stdout, said.open("w") as stderr:
+        subprocess.run([sys.executable, "-c", ORPHAN], stdout=stdout, stderr=stderr, timeout=120, check=False)
+    status = Path(f"/proc/{int(out.read_text())}/status")
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(int(out.read_text()), signal.SIGKILL)
+        pytest.fail("it lives on")
+    assert "rank 1: rank 0 is gone" in said.read_text()
+    assert "Traceback" not in said.read_text()

@@ -64,6 +64,9 @@ TOWER_BF16 = {"projector": "random-{}-mmproj-bf16.gguf"}
 TOWER_Q8_0 = {"projector": "random-{}-mmproj-q8_0.gguf"}
 SYSTEMS = {
     "saccade w4a8": System("saccade", options={"quantization": "w4a8-g128"}),
+    "saccade w4a8, int8 head": System(
+        "saccade", options={"quantization": "w4a8-g128", "head_quantization": "w8a8-dynamic"}
+    ),
     "saccade w8a8": System("saccade", options={"quantization": "w8a8-dynamic"}),
     "saccade w8a16": System("saccade", options={"quantization": "w8a16"}),
     "saccade bf16": System("saccade"),
@@ -73,8 +76,8 @@ SYSTEMS = {
     "llama.cpp Q4_0": System("llama_cpp", "random-{}-Q4_0.gguf", TOWER_BF16, ("picture",)),
     "llama.cpp Q4_K_M": System("llama_cpp", "random-{}-Q4_K_M.gguf", TOWER_BF16, ("picture",)),
     "llama.cpp Q8_0": System("llama_cpp", "random-{}-Q8_0.gguf", TOWER_Q8_0, ("picture",)),
-    "OpenVINO int4": System("openvino", "random-{}-openvino-int4", media=("picture",)),
-    "OpenVINO int8": System("openvino", "random-{}-openvino-int8", media=("picture",)),
+    "OpenVINO int4": System("openvino", "random-{}-openvino-int4"),
+    "OpenVINO int8": System("openvino", "random-{}-openvino-int8"),
     "vLLM w8a8": System("vllm", "random-{}-w8a8", media=("picture",)),
     "vLLM bf16": System("vllm", media=("picture",)),
 }

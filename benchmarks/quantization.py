@@ -41,6 +41,7 @@ from saccade.evals.run import EvalOptions, answer
 from saccade.evals.tasks import TASKS
 from saccade.evals.tasks import draw as draw_item
 from saccade.kernels.library import Library, load
+from saccade.quantize.best_recipe import HEADS, Rule
 from saccade.quantize.drawn_samples import drawn
 from saccade.scoring import ScoredAnswer, join, score_answers, token_divergence
 
@@ -115,6 +116,8 @@ def recipes() -> list[Recipe]:
         Recipe("w8a8", TWO, STATIC, {**plain, "visual_scales": True}),
         Recipe("w8a8", BEST_TWO, STATIC, {**layers, "visual_scales": True}),
     ]
+    alone = {"scheme": "w8a16", "smooth": "none", "rounding": "mse", "rules": (Rule("*", "float"),)}
+    rows += [Recipe(head, "head", "the head alone", {**alone, "head": head}) for head in HEADS[1:]]
     return rows
 
 

@@ -101,6 +101,16 @@ def test_decoding_all_tokens_is_the_sum_of_its_steps() -> None:
     assert whole.operations == pytest.approx(sum(step.operations for step in steps), rel=1e-12)
 
 
+def test_a_quantized_head_is_read_as_it_is_stored() -> None:
+    config = PRESETS["3b"]
+    steps = [decode_work(config, 100, Storage(0.5, 2, head)).bytes for head in (2, 1)]
+    assert steps[0] - steps[1] == 151_936 * 2048
+    options = {"layers": 1, "vision_depth": 1, "device": "cpu", "kv_cache_tokens": 256}
+    llm = random_llm("tiny", quantization="w8a16", head_quantization="w4a8-g32", **options)
+    assert llm.engine.runner.model.lm_head.bytes_per_value == pytest.approx(0.5 + 1 / 32)
+    assert llm.quantization == "w8a16, head w4a8-g32"
+
+
 def test_a_limit_is_the_slower_of_arithmetic_and_memory() -> None:
     machine = limits(bytes_per_s=10.0, operations_per_s=100.0)
     assert machine.limit_s(operations=1000, num_bytes=50) == 10

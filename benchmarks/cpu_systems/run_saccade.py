@@ -61,8 +61,7 @@ def main() -> None:
 
     model, text, tokens_in = runner.model, llm.config.text, len(output.prompt_token_ids)
     cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2 * (tokens_in + cell.tokens_out // 2)
-    untied = 0 if text.tie_word_embeddings else size_bytes(model.language.embed_tokens)
-    head = 0 if text.tie_word_embeddings else size_bytes(model.lm_head)
+    weights = size_bytes(model.language) - size_bytes(model.language.embed_tokens) + size_bytes(model.lm_head)
     reply(
         version=saccade.__version__,
         tokens_in=tokens_in,
@@ -73,7 +72,7 @@ def main() -> None:
         total_s=total_s,
         outside_kernels=outside,
         batch_tokens_per_s=8 * 23 / slowest,
-        token_bytes=size_bytes(model.language) - untied + head + cache,
+        token_bytes=weights + cache,
     )
 
 

@@ -168,6 +168,13 @@ def require_writable(format_: Format, assignment: Assignment) -> None:
         raise OptionError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if problems[3:] else ""))
 
 
+def require_apart(source: Path, out: Path) -> None:
+    """Raises OptionError for an `out` whose replacement would take `source` away."""
+    place = out.resolve()
+    if place in (source.resolve(), *source.resolve().parents):
+        raise OptionError(f"{out} is or holds the checkpoint that is to be read, {source}; choose another folder")
+
+
 def companions(source: Path) -> Iterator[tuple[str, bytes]]:
     """The small files of a checkpoint folder that go along unchanged: tokenizer, templates, generation and preprocessor settings.
 

@@ -76,6 +76,10 @@ def command(context: click.Context, /, **values: Any) -> None:
     """
     given = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     mode = values["mode"] or ("exact" if given & _REFERENCE_SPELLINGS else "best")
+    for name, spelling in (("model", "model_path"), ("out", "save_directory"), ("calibration", "calib_images")):
+        if {name, spelling} <= given:
+            first, second = values[name], values[spelling]
+            raise click.UsageError(f"{name} is given twice, as {first} and as --{spelling} {second}; give one")
     model, out = values["model"] or values["model_path"], values["out"] or values["save_directory"]
     if model is None or (out is None and not values["dry_run"]):
         raise click.UsageError("give a model and a folder to make: saccade quantize MODEL OUT --scheme w8a8-dynamic")
@@ -94,7 +98,9 @@ def _exact(model: str, out: str, values: dict[str, Any], given: set[str]) -> Non
         raise click.UsageError("exact mode needs --calib_images, a folder of pictures and nothing else")
 
     from saccade import api
+    from saccade.kernels.choose import choose_device
 
+    choose_device(values["device"])  # the verification's, at the end of it all
     options = {name: values[name] for name in EXACT_ONLY}
     if values[_SHARED] is not None:
         options[_SHARED] = values[_SHARED]
@@ -142,9 +148,16 @@ def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None
     if values["dry_run"]:
         print("\n".join(job.plan.render()))
         return
+    from saccade.checkpoints.shard_writer import DEFAULT_SHARD_BYTES
     from saccade.quantize.best import quantize_best
 
-    report = quantize_best(job, force=values["force"], verify=_verifier(model, values))
+    size = values["part_file_size"]
+    report = quantize_best(
+        job,
+        force=values["force"],
+        verify=_verifier(model, values),
+        max_shard_bytes=DEFAULT_SHARD_BYTES if size is None else size << 30,
+    )
     worst = report.worst
     print(
         f"quantized {len(report.layers)} linears to {recipe.scheme} in {report.seconds:.0f} s, "
@@ -186,6 +199,7 @@ def best_options(exact: ExactRecipe, has_group: bool) -> dict[str, Any]:
         "scheme": scheme,
         "format": "mindie" if exact.mindie_format else "vllm-ascend",
         "smooth": exact.anti_method,
-        "activation_range": {1: "minmax", 2: "histogram", 3: "auto"}[exact.act_method],
     }
+    if scheme == "w8a8":
+        options["activation_range"] = {1: "minmax", 2: "histogram", 3: "auto"}[exact.act_method]
     return options | ({"group_size": exact.group_size} if has_group and exact.w_bit == 4 else {})

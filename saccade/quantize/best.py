@@ -17,7 +17,7 @@ from saccade.base.meter import peak_memory_bytes
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import Checkpoint
 from saccade.checkpoints.json_file import read_json
-from saccade.checkpoints.shard_writer import ShardWriter
+from saccade.checkpoints.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from saccade.checkpoints.writing import companions
 from saccade.quantize.job import Job, key_of, require_room
 from saccade.quantize.kept import Kept, has_all, state_of
@@ -63,7 +63,9 @@ def _worst_db(layer: LayerMeasure) -> float:
 
 
 @torch.inference_mode()
-def quantize_best(job: Job, *, force: bool = False, verify: Verify | None = None) -> BestReport:
+def quantize_best(
+    job: Job, *, force: bool = False, verify: Verify | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> BestReport:
     """Does the job; `out` appears whole or not at all, and a job that was killed goes on where it was.
 
     `verify` looks at the folder before it appears; what it finds goes into report.json and report.html there.
@@ -81,7 +83,8 @@ def quantize_best(job: Job, *, force: bool = False, verify: Verify | None = None
     state.complete()
     layers = tuple(_measure(layer) for record in state.records for layer in record)
     output_bytes, names = 0, []
-    with ShardWriter(job.out, force=force or is_published, names=file_names, hidden=state.result) as writer:
+    replaces = force or is_published
+    with ShardWriter(job.out, max_shard_bytes, force=replaces, names=file_names, hidden=state.result) as writer:
         for name, part in state.tensors():
             output_bytes += part.info(name).nbytes
             names.append(name)

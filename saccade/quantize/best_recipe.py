@@ -35,6 +35,7 @@ SCHEME_NAMES = ("w8a8", "w8a8-dynamic", "w4a8", "w8a16", "w4a16", "fp8")
 HEADS = ("float", "w8a16", "w8a8-dynamic", "w4a16", "w4a8", "fp8")
 FLOAT = "float"
 MAX_RECIPE_BYTES = 1 << 20
+DEFAULT_PERCENTILE = 99.99
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class BestRecipe:
     activation_range: Literal["mse", "minmax", "histogram", "percentile", "auto"] = option(
         "mse", "how static activation ranges are found"
     )
-    percentile: float = option(99.99, "of --activation-range percentile", low=50, high=100)
+    percentile: float = option(DEFAULT_PERCENTILE, "of --activation-range percentile", low=50, high=100)
     layers: Literal["reference", "all"] | None = option(
         None, "decoder linears: as msModelSlim, which leaves down_proj float, or all"
     )
@@ -131,15 +132,23 @@ class BestRecipe:
             raise OptionError(
                 f"group_size {self.group_size} needs a 4-bit scheme; {self.scheme} has a scale for each row"
             )
-        if self.visual_scales and not any(
-            name == "w8a8" for name in (self.scheme, *(rule.scheme for rule in self.rules))
-        ):
+        if self.visual_scales and not self.is_static:
             raise OptionError(
                 f"visual_scales are static ones; {self.scheme} has none: use --scheme w8a8, or leave it out"
             )
         if self.is_ascend and self.head != FLOAT:
             raise OptionError(
                 f"head is {self.head}; {self.format} has float heads alone: use --format compressed-tensors"
+            )
+        if self.activation_range != "mse" and not self.is_static:
+            raise OptionError(
+                f"activation_range {self.activation_range} is of static ranges; {self.scheme} has none: use --scheme w8a8, "
+                "or leave it out"
+            )
+        if self.percentile != DEFAULT_PERCENTILE and self.activation_range != "percentile":
+            raise OptionError(
+                f"percentile {self.percentile:g} is of --activation-range percentile, and that is {self.activation_range}; "
+                "give both, or leave it out"
             )
         if self.is_ascend and self.scheme in ("w4a16", "fp8"):
             raise OptionError(
@@ -153,6 +162,11 @@ class BestRecipe:
     @property
     def is_ascend(self) -> bool:
         return self.format != "compressed-tensors"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether some linear may get a fixed range for its inputs."""
+        return "w8a8" in (self.scheme, *(rule.scheme for rule in self.rules))
 
     @property
     def defaults(self) -> Defaults:
@@ -203,6 +217,8 @@ class BestRecipe:
         if name in ("w4a8", "w4a16"):
             return (W4A8 if name == "w4a8" else W4A16)[size]
         scheme = scheme_of(name)
+        if scheme.is_asymmetric:
+            raise OptionError(f"{name} is read, and made while loading, but not by quantize; use w4a16 or {FLOAT}")
         if self.is_ascend and (scheme.has_float_groups or scheme.is_float):
             raise OptionError(f"{self.format} has no {name}; use w8a8, w8a8-dynamic, w4a8, w8a16 or {FLOAT}")
         return scheme

@@ -15,7 +15,7 @@ import torch
 from saccade.base.errors import CheckpointError, OptionError
 from saccade.base.meter import gigabytes
 from saccade.checkpoints.formats import Checkpoint, open_checkpoint, require_tokenizer
-from saccade.checkpoints.writing import Format, format_named, require_writable
+from saccade.checkpoints.writing import Format, format_named, require_apart, require_writable
 from saccade.inputs.chat import ChatTokenizer
 from saccade.quantize.best_recipe import BestRecipe
 from saccade.quantize.plan import Plan, make_plan, needs_samples
@@ -55,6 +55,7 @@ def prepare(
         raise CheckpointError(
             f"{source} is quantized already ({checkpoint.quantization}); quantize the one it was made from"
         )
+    require_apart(source, out)
     plan = make_plan(checkpoint.config, recipe)
     dtype: torch.dtype = getattr(torch, checkpoint.config.dtype)
     format_ = format_named(recipe.format, dtype, recipe.kv_cache == "int8", recipe.visual_scales)

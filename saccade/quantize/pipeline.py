@@ -31,6 +31,7 @@ from saccade.checkpoints.formats import (
 )
 from saccade.checkpoints.json_file import read_json
 from saccade.checkpoints.shard_writer import FileNames, ShardWriter
+from saccade.checkpoints.writing import require_apart
 from saccade.geometry import token_positions
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.pixels import patches
@@ -123,6 +124,7 @@ def quantize_exact(
         raise CheckpointError(
             f"{source} is quantized already ({checkpoint.quantization}); quantize the one it was made from"
         )
+    require_apart(source, out)
     recipe.check_model(checkpoint.config)
     require_tokenizer(source)
     paths = list_pictures(pictures, order)

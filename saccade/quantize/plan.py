@@ -89,15 +89,11 @@ class Plan:
 
 def needs_samples(recipe: BestRecipe) -> bool:
     """Whether the model has to be run: weights alone do not say where outliers are."""
-    is_static = "static" in {
-        recipe.main_scheme.activation,
-        *(recipe.scheme_called(rule.scheme).activation for rule in recipe.rules),
-    }
-    return recipe.smoothing != "none" or recipe.rounded_by == "gptq" or is_static
+    return recipe.smoothing != "none" or recipe.rounded_by == "gptq" or recipe.is_static
 
 
 def make_plan(config: ModelConfig, recipe: BestRecipe, num_tokens: int = 0, num_patches: int = 0) -> Plan:
-    """Raises OptionError for a rule that matches nothing, and for linears that run as one but would differ."""
+    """Raises OptionError for a rule that matches nothing, for linears that run as one but would differ, and for nothing to do."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config, reference.kernels())
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.is_quantizable]
@@ -120,6 +116,8 @@ def make_plan(config: ModelConfig, recipe: BestRecipe, num_tokens: int = 0, num_
         text = config.text
         scheme = fitting(recipe.head_scheme, text.hidden_size)
         layers.append(PlannedLayer(HEAD_MODULE, text.vocab_size, text.hidden_size, scheme, f"--head {recipe.head}"))
+    if all(layer.scheme.is_dense for layer in layers):
+        raise OptionError("nothing would be quantized: every linear is float by the rules, --layers and --vision")
     shapes = expected_tensors(config)
     itemsize = getattr(torch, config.dtype).itemsize
     source_bytes = sum(math.prod(shape) for shape in shapes.values()) * itemsize

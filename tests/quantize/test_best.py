@@ -22,8 +22,9 @@ from saccade.api import quantization_job, quantize
 from saccade.base.errors import CheckpointError, MediaError, OptionError
 from saccade.checkpoints.formats import EMBEDDING, HEAD, open_checkpoint
 from saccade.inputs.chat import ChatTokenizer
-from saccade.quantize import job, state
+from saccade.quantize import best, job, state
 from saccade.quantize import run as running
+from saccade.quantize.best import quantize_best
 from saccade.quantize.best_recipe import FORMATS, SCHEME_NAMES, BestRecipe, Rule, parse_rule, read_recipe
 from saccade.quantize.drawn_samples import drawn
 from saccade.quantize.plan import make_plan
@@ -264,6 +265,19 @@ def test_an_existing_folder_is_replaced_only_by_force(small: Path, tmp_path: Pat
     quantize(small, tmp_path / "out", **PLAIN, force=True)
 
 
+@pytest.mark.parametrize("place", ["model", ".", "link"])
+def test_the_model_is_not_taken_away_even_by_force(small: Path, tmp_path: Path, place: str, run: Run) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small, model)
+    (tmp_path / "config.json").write_text("{}")  # as if all of it were a checkpoint
+    (tmp_path / "link").symlink_to(model)
+    pictures = str(Path(__file__).parent)
+    exact = ["--model_path", str(model), "--save_directory", str(tmp_path / place), "--calib_images", pictures]
+    for arguments in ([str(model), str(tmp_path / place)], exact):
+        code, _, stderr = run("quantize", *arguments, "--force")
+        assert (code, "is or holds the checkpoint that is to be read" in stderr) == (2, True)
+
+
 def test_a_full_disk_is_noticed_before_the_work(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -289,6 +303,10 @@ def test_a_quantized_checkpoint_is_refused(small: Path, tmp_path: Path) -> None:
         ({"percentile": 120.0}, "percentile is 120"),
         ({"rules": (Rule("*", "int5"),)}, "int5"),
         ({"scheme": "w4a8", "visual_scales": True}, "w4a8 has none: use --scheme w8a8"),
+        ({"scheme": "fp8", "activation_range": "histogram"}, "histogram is of static ranges; fp8 has none"),
+        ({"scheme": "w8a8", "percentile": 99.0}, "percentile 99 is of --activation-range percentile, and that is mse"),
+        ({"rules": (Rule("*", "w4a16-asym-g32"),)}, "made while loading, but not by quantize; use w4a16"),
+        ({"rules": (Rule("*", "float"),)}, "nothing would be quantized"),
         ({"scheme": "w8a8", "visual_scales": True, "format": "mindie"}, "mindie files have one input scale"),
         ({"schem": "w8a8"}, "did you mean 'scheme'"),
         ({"calibration": "/nowhere"}, "does not exist"),
@@ -460,3 +478,21 @@ def test_the_references_options_mean_exact_mode_unless_best_is_asked_for(small: 
     assert list((tmp_path / "best").glob("quant_model_weight_w8a8_dynamic*.safetensors"))
     code, _, stderr = run(*reference, "--save_directory", str(tmp_path / "no"), "--scheme", "w8a8")
     assert (code, "--scheme belongs to --mode best" in stderr) == (2, True)
+    # What is given twice would be taken once; a device that is not there, found only by the verification.
+    code, _, stderr = run(*reference, "--save_directory", str(tmp_path / "no"), "--mindie_format", "True")
+    assert (code, "model is given twice, as True and as --model_path" in stderr) == (2, True)
+    code, _, stderr = run(*reference, "--save_directory", str(tmp_path / "no"), "--device", "cuda:9")
+    assert (code, "'cuda:9'" in stderr, (tmp_path / "no").exists()) == (1, True, False)
+
+
+def test_shards_are_as_large_as_asked_for_in_best_mode_too(
+    small: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = quantization_job(small, tmp_path / "out", **PLAIN)
+    quantize_best(job, max_shard_bytes=100_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    open_checkpoint(tmp_path / "out")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(best, "quantize_best", lambda job, **given: asked.update(given) or quantize_best(job))
+    run("quantize", str(small), str(tmp_path / "again"), "--mode", "best", "--part_file_size", "3", "--no-verify")
+    assert asked["max_shard_bytes"] == 3 << 30

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from saccade.base.meter import gigabytes
 from saccade.cli.flags import flags, script_options
-from saccade.quantize.best_recipe import BestRecipe, parse_rule, read_recipe
+from saccade.quantize.best_recipe import BestRecipe, best_options, parse_rule, read_recipe
 from saccade.quantize.recipe import ExactRecipe
 from saccade.quantize.report import QuantizationReport, Verify
 from saccade.quantize.report_page import PAGE_NAME
@@ -190,16 +190,3 @@ def _say(verified: QuantizationReport | None) -> None:
     print(f"verified: {verified.verdict}, see {PAGE_NAME} there")
     if verified.verdict == "fail":
         sys.exit(1)
-
-
-def best_options(exact: ExactRecipe, has_group: bool) -> dict[str, Any]:
-    """msModelSlim's options in best mode's words."""
-    scheme = "w4a8" if exact.w_bit == 4 else "w8a8-dynamic" if exact.is_dynamic else "w8a8"
-    options: dict[str, Any] = {
-        "scheme": scheme,
-        "format": "mindie" if exact.mindie_format else "vllm-ascend",
-        "smooth": exact.anti_method,
-    }
-    if scheme == "w8a8":
-        options["activation_range"] = {1: "minmax", 2: "histogram", 3: "auto"}[exact.act_method]
-    return options | ({"group_size": exact.group_size} if has_group and exact.w_bit == 4 else {})

@@ -20,6 +20,7 @@ import yaml
 from saccade.base.errors import OptionError
 from saccade.base.options import check_bounds, from_mapping, option
 from saccade.quantize.ranges import METHODS, Method
+from saccade.quantize.recipe import ExactRecipe
 from saccade.quantize.samples import BUILTIN
 from saccade.quantize.smoothing import SMOOTHINGS, Smoothing
 from saccade.schemes.scheme import DENSE, GROUP_SIZES, SCHEMES, W4A8, W4A16, Scheme, scheme_of
@@ -257,6 +258,29 @@ def read_recipe(path: Path, changes: Mapping[str, Any]) -> BestRecipe:
             raise OptionError(f"{path}: the rule {rule!r} needs match and scheme, and nothing else")
     entries["rules"] = tuple(Rule(str(rule["match"]), str(rule["scheme"])) for rule in rules)
     return from_mapping(BestRecipe, {**entries, **changes})
+
+
+def best_options(exact: ExactRecipe, has_group: bool) -> dict[str, Any]:
+    """msModelSlim's options in best mode's words. `has_group`: whether the group size was asked for."""
+    scheme = "w4a8" if exact.w_bit == 4 else "w8a8-dynamic" if exact.is_dynamic else "w8a8"
+    options: dict[str, Any] = {
+        "scheme": scheme,
+        "format": "mindie" if exact.mindie_format else "vllm-ascend",
+        "smooth": exact.anti_method,
+    }
+    if scheme == "w8a8":
+        options["activation_range"] = {1: "minmax", 2: "histogram", 3: "auto"}[exact.act_method]
+    return options | ({"group_size": exact.group_size} if has_group and exact.w_bit == 4 else {})
+
+
+def options_of_report(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report's `recipe` says, as options that make a BestRecipe: exact mode's translated, digests left out."""
+    if recipe.get("mode") == "exact":
+        names = {field.name for field in dataclasses.fields(ExactRecipe)}
+        exact = ExactRecipe(**{name: value for name, value in recipe.items() if name in names})
+        return best_options(exact, has_group=True)
+    names = {field.name for field in dataclasses.fields(BestRecipe)}
+    return {name: value for name, value in recipe.items() if name in names and value is not None}
 
 
 def parse_rule(text: str) -> Rule:

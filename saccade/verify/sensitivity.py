@@ -10,6 +10,7 @@ Knows weights and logits; knows no files but the two checkpoints.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,10 @@ from saccade.kernels.choose import choose
 from saccade.model.language import WholeSequences
 from saccade.model.layers import Filling, Linear
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
+from saccade.quantize.best_recipe import options_of_report
 from saccade.quantize.report import MixedPrecision, Sensitivity
 from saccade.schemes.affine import quantize_weight
-from saccade.schemes.scheme import DENSE, W8A8_DYNAMIC, W8A16, Scheme, Weight
+from saccade.schemes.scheme import DENSE, SCHEMES, W8A8_DYNAMIC, W8A16, Scheme, Weight
 from saccade.scoring import token_divergence
 from saccade.verify.basis import find_rotation
 from saccade.verify.samples import Sample, pack
@@ -195,13 +197,27 @@ def _rules(product: Product, level: int) -> list[Mapping[str, str]]:
     return [{"match": module, "scheme": name} for module in product.modules]
 
 
-def recipe_text(mixed: MixedPrecision, recipe: Mapping[str, Any]) -> str:
-    """YAML for `saccade quantize --recipe`: the rules, and before them the recipe they amend as far as it is known."""
+def recipe_text(mixed: MixedPrecision, recipe: Mapping[str, Any], ranking: Sequence[Sensitivity] = ()) -> str:
+    """YAML for `saccade quantize --recipe`: the rules, and before them the recipe they amend.
+
+    recipe: the report's, empty for another tool's checkpoint; then the scheme of most products of the `ranking` stands for it.
+    """
+    options = options_of_report(recipe) if recipe else _main_scheme(ranking)
     lines = [
         f"# mean KL {mixed.kl_before:.4g} -> {mixed.kl:.4g} (target {mixed.target_kl:g}) for {mixed.extra_bytes / 1e6:.3g} MB more"
     ]
-    lines += [f"{name}: {json.dumps(value)}" for name, value in recipe.items() if name != "rules" and value is not None]
-    rules = [*mixed.rules, *recipe.get("rules", ())]
+    lines += [f"{name}: {json.dumps(value)}" for name, value in options.items() if name != "rules"]
+    rules = [*mixed.rules, *options.get("rules", ())]
     lines.append("rules:" if rules else "rules: []")
     lines += [f"  - {json.dumps(dict(rule))}" for rule in rules]
     return "\n".join(lines) + "\n"
+
+
+def _main_scheme(ranking: Sequence[Sensitivity]) -> dict[str, Any]:
+    """As a recipe spells it: w4a16 and a group size for w4a16-asym-g128."""
+    if not ranking:
+        return {}
+    scheme = SCHEMES[Counter(entry.scheme for entry in ranking).most_common(1)[0][0]]
+    if scheme.group_size is None:
+        return {"scheme": scheme.name}
+    return {"scheme": scheme.name.partition("-")[0], "group_size": scheme.group_size}

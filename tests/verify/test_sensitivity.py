@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ import torch
 from saccade.base.errors import OptionError
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.cli import main
-from saccade.quantize.report import MixedPrecision
+from saccade.quantize.best_recipe import BestRecipe, Rule, read_recipe
+from saccade.quantize.recipe import ExactRecipe
+from saccade.quantize.report import MixedPrecision, Sensitivity
 from saccade.schemes.scheme import DENSE, W4A16, W8A8_DYNAMIC, W8A16
 from saccade.scoring import token_divergence
 from saccade.verify.layers import run_side_by_side
@@ -124,6 +128,34 @@ def test_the_recipe_can_be_read_as_yaml() -> None:
         "scheme": "w4a8",
         "rules": [{"match": SPOILT, "scheme": "float"}, {"match": "*", "scheme": "w8a16"}],
     }
+
+
+@pytest.mark.parametrize(
+    "made_by",
+    [
+        BestRecipe("w4a8", group_size=32, rotate=True).as_json() | {"samples_sha256": "0123"},
+        BestRecipe("w8a8", activation_range="percentile", percentile=99.0, visual_scales=True).as_json(),
+        {"mode": "exact", **asdict(ExactRecipe(anti_method="m4", act_method=1, part_file_size=2))},
+        {"mode": "exact", **asdict(ExactRecipe(w_bit=4, is_lowbit=True, is_dynamic=True, open_outlier=False))},
+        {},
+    ],
+)
+def test_the_recipe_is_one_that_quantize_takes(made_by: dict[str, Any], tmp_path: Path) -> None:
+    mixed = MixedPrecision(0.01, 0.1, 0.009, 1_000_000, ({"match": SPOILT, "scheme": "float"},))
+    ranking = [Sensitivity((name,), "w4a16-asym-g128", 0.1, 100) for name in ("a", "b")]
+    (tmp_path / "r.yaml").write_text(recipe_text(mixed, made_by, [*ranking, Sensitivity(("c",), "w8a16", 0.1, 100)]))
+    recipe = read_recipe(tmp_path / "r.yaml", {})
+    assert recipe.rules == (Rule(SPOILT, "float"),)
+    if made_by.get("mode") == "exact":
+        expected = ("w4a8", "m2", 64) if made_by["w_bit"] == 4 else ("w8a8", "m4", None)
+        assert (recipe.scheme, recipe.smooth, recipe.group_size) == expected
+        assert (recipe.format, recipe.activation_range == "minmax") == ("vllm-ascend", made_by["w_bit"] == 8)
+    elif made_by:
+        assert recipe.as_json() == {name: value for name, value in made_by.items() if name != "samples_sha256"} | {
+            "rules": ({"match": SPOILT, "scheme": "float"},)
+        }
+    else:
+        assert (recipe.scheme, recipe.group_size) == ("w4a16", 128)
 
 
 def test_the_command_writes_report_and_recipe(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from saccade.base.errors import SaccadeError
 from saccade.base.meter import gigabytes
-from saccade.cli.flags import MODEL_HELP, flags, gather
+from saccade.cli.flags import MODEL_HELP, flags, gather, require_places
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.inputs.options import MediaOptions
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from saccade.api import Plan
     from saccade.inputs.prompt import MediaReceipt
     from saccade.outputs import CompletionOutput, RequestOutput
+
+DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @click.command("ask")
@@ -62,6 +65,9 @@ def command(
     engine = gather(EngineOptions, values)
     if draw is not None and not images:
         raise click.UsageError("--draw needs an --image to draw on")
+    if draw is not None and Path(draw).suffix.lower() not in DRAWN:
+        raise click.UsageError(f"--draw {draw} is of no kind of picture that is written; use {', '.join(DRAWN)}")
+    require_places(draw)
 
     from saccade import api
 

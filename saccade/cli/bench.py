@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from saccade.bench.options import BenchOptions
-from saccade.cli.flags import MODEL_HELP, flags, gather
+from saccade.cli.flags import MODEL_HELP, flags, gather, require_places
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.inputs.options import MediaOptions
 
@@ -31,6 +31,7 @@ def command(model: str, images: tuple[str, ...], videos: tuple[str, ...], questi
     params = gather(SamplingParams, values)
     media = gather(MediaOptions, values)
     engine = dataclasses.asdict(gather(EngineOptions, values))
+    require_places(options.json)
 
     from saccade import api
     from saccade.bench.measure import bench as measure

@@ -91,6 +91,10 @@ def main() -> None:
         if is_verbose:
             traceback.print_exc()
         _fail(str(error), 2 if isinstance(error, OptionError) else 1)
+    except OSError as error:
+        if is_verbose or error.filename is None:  # without a name it is no file that the user could see to
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 1)
 
 
 def _fail(message: str, code: int) -> typing.NoReturn:

@@ -13,7 +13,7 @@ import click
 
 from saccade.base.errors import OptionError
 from saccade.base.options import suggestion
-from saccade.cli.flags import MODEL_HELP, flags, gather
+from saccade.cli.flags import MODEL_HELP, flags, gather, require_places
 from saccade.engine.options import EngineOptions
 from saccade.evals.run import Candidate, EvalOptions
 from saccade.inputs.options import MediaOptions
@@ -79,9 +79,7 @@ def command(
         raise click.UsageError(
             "--against-quantization and --against-dtype need --against, the reference they belong to"
         )
-    for file in (json_file, answers_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise OptionError(f"{file} cannot be written: {file.absolute().parent} is no folder; make it first")
+    require_places(json_file, answers_file, html_file)
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else [] if datasets else list(TASKS)
     for name in names:
         if name not in TASKS:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from saccade.base.errors import OptionError
 
 T = TypeVar("T")
 Command = Callable[..., None]
@@ -91,6 +95,16 @@ _BARE = ("mindie_format",)
 def gather(kind: type[T], values: dict[str, Any]) -> T:
     """Takes the fields of `kind` out of a command's keywords."""
     return kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def require_places(*files: Path | str | None) -> None:
+    """Raises OptionError for a file that could not be written at the end of the long work, as far as that can be told before it."""
+    for file in map(Path, filter(None, files)):
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise OptionError(f"{file} cannot be written: {folder} is no folder; make it first")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise OptionError(f"{file} cannot be written: permission denied; choose another place")
 
 
 def _value_type(hint: Any) -> tuple[Any, bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from saccade.base.errors import CheckpointError
-from saccade.cli.flags import flags, gather
+from saccade.cli.flags import flags, gather, require_places
 from saccade.verify.options import VerifyOptions
 
 
@@ -54,6 +54,9 @@ def command(
         raise click.UsageError("--write-recipe writes what --target-kl chooses; give both")
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; pass the folder of a quantized checkpoint")
+    require_places(write_recipe)
+    if report_folder is not None:
+        report_folder.mkdir(parents=True, exist_ok=True)
 
     from saccade.checkpoints.hub import resolve
     from saccade.cli.held_out import chosen
@@ -69,7 +72,7 @@ def command(
     if report_folder is not None:
         write_report(report, report_folder)
     if write_recipe is not None and report.mixed is not None:
-        write_recipe.write_text(recipe_text(report.mixed, report.recipe), encoding="utf-8")
+        write_recipe.write_text(recipe_text(report.mixed, report.recipe, report.sensitivity), encoding="utf-8")
     if as_json:
         print(to_json(report))
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid
-from saccade.inputs.chat import ChatTokenizer
+from saccade.inputs.chat import ChatTokenizer, parse_content
 from saccade.inputs.options import MediaOptions
 from saccade.inputs.pixels import patches
 from saccade.inputs.prompt import Prompt
@@ -68,13 +68,15 @@ class Packed:
 
 
 def without_answer(conversation: Conversation) -> tuple[Conversation, str | None]:
-    """The conversation up to the answer it ends with, and that answer's text; None where it ends with a question."""
+    """The conversation up to the answer it ends with, and that answer's text; None where it ends with a question.
+
+    Raises PromptError for an answer that is none.
+    """
     last = conversation[-1]
     if last.get("role") != "assistant" or len(conversation) == 1:
         return conversation, None
-    content = last.get("content")
-    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
-    return conversation[:-1], "".join(parts)
+    parts = parse_content(last.get("content"), f"message {len(conversation) - 1} (assistant)")
+    return conversation[:-1], "".join(part for part in parts if isinstance(part, str))
 
 
 def given_sample(

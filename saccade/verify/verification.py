@@ -78,13 +78,15 @@ def verify(
     `conversations`: what both models are asked; none leaves out all that runs a model. Those that end with an answer are
     compared over it, others over the float model's, or, blockwise, where no model is whole, over a fixed opening.
     What cannot be read or run is a failed check, not an exception; raises CheckpointError when `against` itself cannot be
-    read, or when it is quantized, and OptionError for a sensitivity without anything to be near to.
+    read, or when it is quantized, OptionError for a sensitivity without anything to be near to, DeviceError for a device that
+    is not there, and PromptError or MediaError for conversations that cannot be prepared.
     """
     options = options or VerifyOptions()
     if (options.sensitivity or options.target_kl is not None) and (against is None or not conversations):
         raise OptionError("sensitivity and target_kl compare answers with the float model's; give it (--against)")
     if (options.sensitivity or options.target_kl is not None) and options.blockwise:
         raise OptionError("sensitivity and target_kl hold both models in memory; leave blockwise out")
+    choose_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     run = _Run()
@@ -246,7 +248,7 @@ def _run_models(
             samples = samples or answer(llm, conversations, options.answer_tokens)
             scored = score(llm, samples)
             del llm
-        except SaccadeError as error:
+        except (CheckpointError, DeviceError) as error:
             run.checks.append(Check("runs", "fail", "it cannot be run", (str(error),)))
             return report
     run.checks.append(check_runs([answered.logits for answered in scored]))

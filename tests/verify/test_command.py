@@ -69,3 +69,35 @@ def test_a_quantized_source_is_refused(
     code, _, err = run(capsys, monkeypatch, str(dynamic), "--against", str(dynamic))
     assert code == 1
     assert "is quantized itself" in err
+
+
+def test_what_samples_hold_is_read_or_refused_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dynamic: Path, tmp_path: Path
+) -> None:
+    samples = tmp_path / "samples.jsonl"
+
+    def asked(content: object) -> tuple[int, str]:
+        turns = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": content}]
+        samples.write_text(json.dumps(turns))
+        code, _, err = run(capsys, monkeypatch, str(dynamic), "--samples", str(samples))
+        return code, err
+
+    assert asked(["one, ", {"type": "text", "text": "two"}]) == (0, "")
+    for wrong, words in ((5, "content is a int"), ([5], "part 0 is a int"), ([{"type": "text", "text": 5}], '"text"')):
+        code, err = asked(wrong)
+        assert (code, err.count("\n"), "message 1 (assistant)" in err, words in err) == (1, 1, True, True)
+
+
+def test_places_and_devices_that_are_not_there_are_told_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dynamic: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for option in (
+        ("--report", str(tmp_path / "file" / "report")),
+        ("--target-kl", "1", "--write-recipe", str(tmp_path / "no" / "r.yaml")),
+    ):
+        code, out, err = run(capsys, monkeypatch, str(dynamic), *option)
+        assert code in (1, 2)
+        assert (out, err.count("\n"), option[-1] in err) == ("", 1, True)
+    code, out, err = run(capsys, monkeypatch, str(dynamic), "--device", "cuda:9")
+    assert (code, out, "'cuda:9'" in err) == (1, "", True)

@@ -39,21 +39,28 @@ class Grid:
 
 
 def fit_size(
-    height: int, width: int, min_pixels: int, max_pixels: int, factor: int, *, lift_sides: bool = False
+    height: int,
+    width: int,
+    min_pixels: int,
+    max_pixels: int,
+    factor: int,
+    *,
+    lift_sides: bool = False,
+    what: str = "picture",
 ) -> tuple[int, int]:
     """The size (height, width) a picture is resized to: multiples of `factor`, area within the limits, aspect ratio kept.
 
     `lift_sides` raises each side to `factor` before the area tests (the rule of qwen-vl-utils, used for video frames).
-    Raises MediaError above an aspect ratio of 200 (exactly 200 passes), OptionError for impossible limits.
+    Raises MediaError above an aspect ratio of 200 (exactly 200 passes), OptionError for impossible limits; `what` it speaks of.
     """
     if min_pixels > max_pixels:
         raise OptionError(
             f"min_pixels {min_pixels} is larger than max_pixels {max_pixels}; lower one or raise the other"
         )
     if height < 1 or width < 1:
-        raise MediaError(f"picture of {width} x {height} pixels has no area")
+        raise MediaError(f"{what} of {width} x {height} pixels has no area")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise MediaError(f"picture of {width} x {height} pixels: aspect ratio over {MAX_ASPECT_RATIO}; crop or pad it")
+        raise MediaError(f"{what} of {width} x {height} pixels: aspect ratio over {MAX_ASPECT_RATIO}; crop or pad it")
     # Python's round: halves go to the even multiple (70 px -> 56), as in training.
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if lift_sides:

@@ -183,7 +183,7 @@ def open_picture(source: object, limits: MediaLimits) -> Picture:
     if isinstance(source, Image.Image):
         _check_area(source.size, "PIL image", limits)
         with _decoding("PIL image"):  # it may not have been read from its file yet
-            image, notes = _to_rgb(source)
+            image, notes = _to_rgb(source, "PIL image")
             return Picture(image, "PIL image", pixel_digest(np.asarray(image)), 1, notes)
     if isinstance(source, (np.ndarray, Tensor)):
         label = "NumPy array" if isinstance(source, np.ndarray) else "torch tensor"
@@ -266,7 +266,7 @@ def _decode(data: bytes, label: str, limits: MediaLimits) -> tuple[Image.Image, 
             image.load()
         if reader is WebPImagePlugin.WebPImageFile:
             orientation = exif_orientation(image.info.get("exif", b""))
-        rgb, notes = _to_rgb(image)
+        rgb, notes = _to_rgb(image, label)
     if orientation != 1 and reader is not TiffImagePlugin.TiffImageFile:  # Pillow turns TIFF pictures upright by itself
         rgb = Image.fromarray(np.ascontiguousarray(upright(np.asarray(rgb), orientation)))
     return rgb, orientation, notes
@@ -451,11 +451,11 @@ def exif_orientation(exif: bytes) -> int:
 # --- colour ----------------------------------------------------------------------------------------------------------
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+def _to_rgb(image: Image.Image, label: str) -> tuple[Image.Image, tuple[str, ...]]:
     """8-bit RGB on white (section 5.3). Returns (image, notes). Raises MediaError for modes that have no such form."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        grey, note = _to_8_bits(values, f"{image.mode} grey")
+        grey, note = _to_8_bits(values, f"{image.mode} grey", label)
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             grey = np.where(values == transparent, np.uint8(255), grey)
@@ -468,14 +468,14 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return (image if image.mode == "RGB" else image.convert("RGB")), ()
 
 
-def _to_8_bits(values: NDArray[Any], what: str) -> tuple[Pixels, str]:
+def _to_8_bits(values: NDArray[Any], what: str, label: str) -> tuple[Pixels, str]:
     """Numbers of more than 8 bits as uint8, and a note saying how. Raises MediaError when their range says nothing."""
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise MediaError(f"{what}: values outside 0..1; scale them to 0..1 or convert them to 8 bits")
+            raise MediaError(f"{label}: values outside 0..1; scale them to 0..1 or convert them to 8 bits")
         return np.rint(values.astype(np.float32) * 255).astype(np.uint8), f"{what} scaled from 0..1 to 8 bits"
     if values.min() < 0 or values.max() > 65535:
-        raise MediaError(f"{what}: values outside 0..65535; convert them to 8 or 16 bits")
+        raise MediaError(f"{label}: values outside 0..65535; convert them to 8 or 16 bits")
     return (values >> 8).astype(np.uint8), f"16-bit {what} scaled to 8 bits"
 
 
@@ -500,9 +500,9 @@ def _image_of_array(
     _check_area((array.shape[1], array.shape[0]), label, limits)
     notes: tuple[str, ...] = ()
     if array.dtype.kind == "f" or array.dtype == np.uint16:
-        array, note = _to_8_bits(array, label)
+        array, note = _to_8_bits(array, label, label)
         notes = (note,)
     elif array.dtype != np.uint8:
         raise MediaError(f"{label} of {array.dtype}: pass uint8, uint16 or floats in 0..1")
     pixels = np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    return _to_rgb(Image.fromarray(pixels))[0], notes
+    return _to_rgb(Image.fromarray(pixels), label)[0], notes

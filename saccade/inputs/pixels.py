@@ -21,7 +21,7 @@ from torch import Tensor
 from saccade.base.errors import MediaError, OptionError
 from saccade.checkpoints.config import ModelConfig
 from saccade.geometry import Grid, fit_size, frame_pixel_limits
-from saccade.inputs.media import Pixels, open_picture
+from saccade.inputs.media import Picture, Pixels, open_picture
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.inputs.prompt import MediaReceipt, Medium
 from saccade.inputs.video import Clip, sample_frames
@@ -75,7 +75,7 @@ def prepare_image(
     start = time.perf_counter()
     picture = open_picture(source, limits)
     decode_s = time.perf_counter() - start
-    height, width = _image_size(picture.image, options, config)
+    height, width = _image_size(picture, options, config)
     _check_tokens(1, height, width, picture.source, config)
     return _medium(
         "image",
@@ -92,7 +92,7 @@ def prepare_image(
 
 
 def _image_size(
-    image: Image.Image, options: MediaOptions, config: ModelConfig, *, lift_sides: bool = False
+    picture: Picture, options: MediaOptions, config: ModelConfig, *, lift_sides: bool = False
 ) -> tuple[int, int]:
     """(height, width) of a picture after resizing. A part's limits replace the checkpoint's."""
     lowest = config.preprocessing.min_pixels if options.min_pixels is None else options.min_pixels
@@ -101,9 +101,10 @@ def _image_size(
         lowest = min(lowest, highest)
     if options.max_pixels is None and options.min_pixels is not None:
         highest = max(lowest, highest)
-    height = image.height if options.resized_height is None else options.resized_height
-    width = image.width if options.resized_width is None else options.resized_width
-    return fit_size(height, width, lowest, highest, config.vision.factor, lift_sides=lift_sides)
+    height = picture.image.height if options.resized_height is None else options.resized_height
+    width = picture.image.width if options.resized_width is None else options.resized_width
+    factor, what = config.vision.factor, f"{picture.source}: picture"
+    return fit_size(height, width, lowest, highest, factor, lift_sides=lift_sides, what=what)
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Tensor:
@@ -231,7 +232,7 @@ def _prepare_frame_list(
         decode_s += time.perf_counter() - start
         if not frames:
             original_size = picture.image.size
-            height, width = _image_size(picture.image, options, config, lift_sides=True)
+            height, width = _image_size(picture, options, config, lift_sides=True)
             _check_tokens(len(source), height, width, "list of frames", config)
         elif picture.image.size != original_size:
             raise MediaError(

@@ -52,7 +52,8 @@ def list_pictures(folder: Path, order: Order) -> list[Path]:
 def load_sample(path: Path, tokenizer: ChatTokenizer, config: ModelConfig) -> Sample:
     """Raises MediaError for anything but a picture."""
     picture = open_rgb(path)
-    height, width = fit_size(picture.height, picture.width, MIN_PIXELS, MAX_PIXELS, UNIT, lift_sides=True)
+    sizes, what = (picture.height, picture.width, MIN_PIXELS, MAX_PIXELS, UNIT), f"{path}: picture"
+    height, width = fit_size(*sizes, lift_sides=True, what=what)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
     prompt = tokenizer.build([{"role": "user", "content": content}])
@@ -75,7 +76,7 @@ def open_rgb(path: Path) -> Image.Image:
             ground = Image.new("RGB", opened.size, (255, 255, 255))
             ground.paste(opened, mask=opened.getchannel("A"))
             return ground
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise many types on a damaged file
         raise MediaError(
             f"{path} is not a picture that can be read; remove it, every entry of the folder is used"
         ) from error

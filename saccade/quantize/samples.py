@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from saccade.base.errors import MediaError, OptionError, PromptError
+from saccade.base.errors import MediaError, OptionError, PromptError, SaccadeError
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaOptions
 from saccade.inputs.prompt import Prompt
@@ -30,6 +30,8 @@ NUM_BUILTIN = 48
 MAX_LINES = 100_000
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SHARE = 3  # a text for so many pictures
+_MEDIA_KEYS = ("image", "video", "image_url", "video_url", "url", "path")  # whose values are or hold paths
+_APART = ("image", "images", "video", "videos")  # where other tools' files have media
 TURN, HEADER = "<|im_start|>", "assistant\n"
 
 QUESTIONS = (
@@ -89,9 +91,12 @@ def load_samples(source: str, tokenizer: ChatTokenizer, count: int | None, seed:
     conversations = list(_conversations(source, count, seed, notes))
     options = MediaOptions(max_pixels=max_pixels)
     prompts, num_answered = [], []
-    for conversation in conversations:
+    for where, conversation in conversations:
         is_answered = conversation[-1].get("role") == "assistant"
-        prompt = tokenizer.build(conversation, defaults=options, add_generation_prompt=not is_answered)
+        try:
+            prompt = tokenizer.build(conversation, defaults=options, add_generation_prompt=not is_answered)
+        except SaccadeError as error:
+            raise type(error)(f"{where}{error}") from error
         prompts.append(prompt)
         num_answered.append(_num_answered(prompt, tokenizer) if is_answered else 0)
     digest = hashlib.sha256()
@@ -110,7 +115,7 @@ def _num_answered(prompt: Prompt, tokenizer: ChatTokenizer) -> int:
 
 def conversations_of(source: str) -> list[Conversation]:
     """All of a `source` as `load_samples` takes it. Raises OptionError, MediaError or PromptError."""
-    return list(_conversations(source, None, 0, []))
+    return [conversation for _, conversation in _conversations(source, None, 0, [])]
 
 
 def check_source(source: str) -> None:
@@ -122,16 +127,17 @@ def check_source(source: str) -> None:
     raise OptionError(f"calibration {source!r} {fact}; give one, or {BUILTIN}")
 
 
-def _conversations(source: str, count: int | None, seed: int, notes: list[str]) -> Iterator[Conversation]:
+def _conversations(source: str, count: int | None, seed: int, notes: list[str]) -> Iterator[tuple[str, Conversation]]:
+    """Each with what an error about it begins with: where it stands, if no message names it."""
     check_source(source)
     if source == BUILTIN:
-        yield from _drawn(NUM_BUILTIN if count is None else count, seed)
+        yield from (("", conversation) for conversation in _drawn(NUM_BUILTIN if count is None else count, seed))
     elif Path(source).is_dir():
         pictures = _chosen(_pictures(Path(source), notes), count, seed)
         for number, path in enumerate(pictures):
-            yield _asked(str(path), QUESTIONS[number % len(QUESTIONS)])
+            yield "", _asked(str(path), QUESTIONS[number % len(QUESTIONS)])
             if number % TEXT_SHARE == 0:
-                yield _text(number // TEXT_SHARE)
+                yield "", _text(number // TEXT_SHARE)
     else:
         yield from _chosen(_lines(Path(source)), count, seed)
 
@@ -164,24 +170,30 @@ def _pictures(folder: Path, notes: list[str]) -> list[Path]:
     return found
 
 
-def _lines(path: Path) -> Sequence[Conversation]:
+def _lines(path: Path) -> Sequence[tuple[str, Conversation]]:
     """Each line: {"messages": [...]} or the list alone; media paths are relative to the file."""
-    conversations: list[Conversation] = []
+    conversations: list[tuple[str, Conversation]] = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines()[:MAX_LINES], start=1):
+    for number, line in enumerate(text.split("\n")[:MAX_LINES], start=1):  # JSON's texts may hold other ends of lines
+        where = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
-            raise OptionError(f"{path}, line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{where} is not JSON: {error}") from error
         messages = entry.get("messages") if isinstance(entry, dict) else entry
         if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-            raise PromptError(f'{path}, line {number} holds no "messages", a list of turns')
-        conversations.append([_placed(turn, path.parent) for turn in messages])
+            raise PromptError(f'{where} holds no "messages", a list of turns')
+        if isinstance(entry, dict) and (apart := [key for key in entry if key in _APART]):
+            raise PromptError(
+                f'{where} has {apart[0]!r} beside "messages"; media stand in a turn\'s content, as '
+                '{"type": "image", "image": "photo.jpg"}'
+            )
+        conversations.append((f"{where}: ", [_placed(turn, path.parent) for turn in messages]))
     if not conversations:
         raise OptionError(f"{path} holds no conversation")
     return conversations
@@ -192,15 +204,23 @@ def _placed(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
     content = turn.get("content")
     if not isinstance(content, list):
         return turn
-    parts = []
-    for part in content:
-        if isinstance(part, dict):
-            for key in ("image", "video"):
-                value = part.get(key)
-                if isinstance(value, str) and "://" not in value and not value.startswith("data:"):
-                    part = {**part, key: str(folder / value)}
-        parts.append(part)
+    parts = [
+        {key: _from(value, folder) if key in _MEDIA_KEYS else value for key, value in part.items()}
+        if isinstance(part, dict)
+        else part
+        for part in content
+    ]
     return {**turn, "content": parts}
+
+
+def _from(value: Any, folder: Path) -> Any:
+    """A path, the path in {"url": ...}, or those of a video's frames; what is no path stays."""
+    if isinstance(value, list):
+        return [_from(frame, folder) for frame in value]
+    if isinstance(value, dict) and "url" in value:
+        return {**value, "url": _from(value["url"], folder)}
+    is_path = isinstance(value, str) and "://" not in value and not value.startswith("data:")
+    return str(folder / value) if is_path else value
 
 
 def _asked(picture: Any, question: str) -> Conversation:

@@ -407,3 +407,10 @@ def test_pillows_own_warning_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> No
         warnings.simplefilter("error")
         for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
             assert open_picture(encode(photo(), format), LIMITS).image.size == (40, 30)
+
+
+def test_a_picture_whose_numbers_say_nothing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.tif"
+    Image.fromarray(np.full((8, 8), 70_000, dtype=np.int32)).save(path)
+    with pytest.raises(MediaError, match=r"numbers\.tif: values outside 0..65535"):
+        open_picture(path, MediaLimits())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saccade import LLM
 from saccade.api import quantization_job, quantize
-from saccade.base.errors import CheckpointError, MediaError, OptionError
+from saccade.base.errors import CheckpointError, MediaError, OptionError, SaccadeError
 from saccade.checkpoints.formats import EMBEDDING, HEAD, open_checkpoint
 from saccade.inputs.chat import ChatTokenizer
 from saccade.quantize import best, job, state
@@ -28,6 +28,7 @@ from saccade.quantize.best import quantize_best
 from saccade.quantize.best_recipe import FORMATS, SCHEME_NAMES, BestRecipe, Rule, parse_rule, read_recipe
 from saccade.quantize.drawn_samples import drawn
 from saccade.quantize.plan import make_plan
+from saccade.quantize.samples import load_samples
 from saccade.quantize.source import Block, Source
 from saccade.scoring import join, score_answers, token_divergence
 from tests.test_cli import Run, run
@@ -436,6 +437,39 @@ def test_conversations_are_taken_with_their_answers(small: Path, tmp_path: Path)
     assert llm.tokenizer.decode(asked.token_ids, skip_special=False).endswith("<|im_start|>assistant\n")
     path.write_text("{}")
     with pytest.raises(Exception, match=r"line 1 holds no \"messages\""):
+        quantization_job(small, tmp_path / "out", calibration=str(path), smooth="m4")
+
+
+def test_conversations_as_other_tools_write_them(small: Path, tmp_path: Path) -> None:
+    """A mark at the file's start, ends of lines inside a text, media by every key, none of them lost."""
+    drawn(1).picture.save(tmp_path / "p.png")
+    parts = [
+        {"type": "image_url", "image_url": {"url": "p.png"}},
+        {"type": "image", "path": "p.png"},
+        {"type": "video", "video": ["p.png", "p.png"]},
+        {"type": "text", "text": "one\u2028two\x85three"},
+    ]
+    path = tmp_path / "c.jsonl"
+    line = json.dumps([{"role": "user", "content": parts}], ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\r\n\r\n{line}", encoding="utf-8", newline="")
+    samples = load_samples(str(path), ChatTokenizer(small, open_checkpoint(small).config), None, 0, 50_000)
+    assert [len(prompt.media) for prompt in samples.prompts] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "<image>What?"}], "images": ["p.png"]}, "has 'images' beside"),
+        ([{"role": "human", "content": "What?"}], "message 0 has the role 'human'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "no.png"}]}], "cannot open"),
+        ([{"role": "user", "content": [{"type": "image", "image": "strip.png"}]}], r"strip\.png: picture of 700 x 1"),
+    ],
+)
+def test_what_is_wrong_with_a_conversation_names_its_line(small: Path, tmp_path: Path, line: Any, message: str) -> None:
+    Image.new("RGB", (700, 1)).save(tmp_path / "strip.png")
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n" + json.dumps([{"role": "user", "content": "Hello"}]) + "\n" + json.dumps(line))
+    with pytest.raises(SaccadeError, match=rf"c\.jsonl, line 3.*{message}"):
         quantization_job(small, tmp_path / "out", calibration=str(path), smooth="m4")
 
 

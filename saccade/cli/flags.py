@@ -99,7 +99,7 @@ def gather(kind: type[T], values: dict[str, Any]) -> T:
 
 def require_places(*files: Path | str | None) -> None:
     """Raises OptionError for a file that could not be written at the end of the long work, as far as that can be told before it."""
-    for file in map(Path, filter(None, files)):
+    for file in (Path(file) for file in files if file):
         folder = file.absolute().parent
         if not folder.is_dir():
             raise OptionError(f"{file} cannot be written: {folder} is no folder; make it first")

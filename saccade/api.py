@@ -120,6 +120,7 @@ class LLM:
         **options: Any,
     ) -> None:
         start_s = time.perf_counter()
+        _require_kinds(media, limits, kernels)
         self.options = from_mapping(EngineOptions, options)
         folder = resolve(model, source=self.options.source, revision=self.options.revision)
         checkpoint = open_checkpoint(folder)
@@ -143,6 +144,7 @@ class LLM:
     ) -> LLM:
         """The same over numbers that come from elsewhere than a checkpoint: random ones for a benchmark."""
         start_s = time.perf_counter()
+        _require_kinds(media, limits, kernels)
         llm = cls.__new__(cls)
         llm.options = from_mapping(EngineOptions, options)
         llm._open(config, source, tokenizer, media, limits, kernels)
@@ -492,6 +494,14 @@ def messages_for(
     content.append({"type": "text", "text": question})
     turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     return [*turns, {"role": "user", "content": content}]
+
+
+def _require_kinds(media: object, limits: object, kernels: object) -> None:
+    """Raises OptionError for what would be stumbled over only when a picture comes."""
+    kinds = {"media": (media, MediaOptions), "limits": (limits, MediaLimits), "kernels": (kernels, Mapping)}
+    for name, (value, kind) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(f"{name} is {value!r:.60}; give a {kind.__name__}, or leave it out")
 
 
 def _as_list(media: Any) -> list[Any]:

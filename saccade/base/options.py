@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from saccade.base.errors import OptionError
@@ -17,15 +20,17 @@ def option(default: Any, help: str, *, low: float | None = None, high: float | N
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def check_bounds(options: Any) -> None:
-    """Raises OptionError naming the first field of dataclass `options` outside its bounds (NaN is outside all)."""
+def check_values(options: Any) -> None:
+    """Raises OptionError naming the first field of dataclass `options` that is not what its annotation says, or outside its
+    bounds (NaN is outside all)."""
+    hints = _hints(typing.cast(Hashable, type(options)))
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
+        if not _is_one(value, hints[field.name]):
+            raise OptionError(f"{field.name} is {value!r}; {_wanted(hints[field.name])}")
         low, high = field.metadata.get("low"), field.metadata.get("high")
         if value is None or (low is None and high is None):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise OptionError(f"{field.name} is {value!r}; it must be a number")
         if not (low is None or value >= low) or not (high is None or value <= high):
             bounds = (
                 f"at least {low:g}"
@@ -35,6 +40,41 @@ def check_bounds(options: Any) -> None:
                 else f"at most {high:g}"
             )
             raise OptionError(f"{field.name} is {value!r}; it must be {bounds}")
+
+
+@functools.cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    """By field, of a dataclass."""
+    return typing.get_type_hints(kind)
+
+
+def _is_one(value: object, hint: Any) -> bool:
+    """Whether a value is what an annotation of these files says: a plain type, one of several, Literal, or tuple[X, ...]."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_one(value, arm) for arm in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(each) and value == each for each in arguments)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_is_one(item, arguments[0]) for item in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _wanted(hint: Any) -> str:
+    """What an annotation asks for, as the end of an error."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _wanted(next(arm for arm in arguments if arm is not type(None)))
+    if origin is typing.Literal:
+        return f"use one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return f"it must be a list, each {_WORDS.get(arguments[0], f'a {arguments[0].__name__}')}"
+    return f"it must be {_WORDS[hint]}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, option
+from saccade.base.options import check_values, option
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class BenchOptions:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
         if self.random is None and (self.layers is not None or self.vision_depth is not None):
             raise OptionError("layers and vision_depth shorten a random model; add --random 3b, or leave them out")
         if self.random is not None and self.against is not None:

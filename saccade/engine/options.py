@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, option
+from saccade.base.options import check_values, option
 from saccade.checkpoints.config import GenerationConfig
 
 GREEDY_TEMPERATURE = 1e-5  # below this, sampling is argmax: published checkpoints say 1e-6 and mean greedy
@@ -46,10 +46,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        check_bounds(self)
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(value := getattr(self, name), list | set | frozenset | None):
+                object.__setattr__(self, name, tuple(value or ()))
+        check_values(self)
+        if not all(self.stop):
             raise OptionError(f"stop is {self.stop!r}; it must be non-empty strings")
         if self.min_tokens > self.max_tokens:
             raise OptionError(f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
@@ -118,9 +119,9 @@ class EngineOptions:
     check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        if self.speculation not in ("auto", "lookup", "off"):
-            raise OptionError(f"speculation is {self.speculation!r}; it must be auto, lookup or off")
+        for name in ("device", "dtype"):  # torch's own spellings
+            object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
+        check_values(self)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise OptionError(
                 f"prompt_lookup_min {self.prompt_lookup_min} is larger than prompt_lookup_max {self.prompt_lookup_max}"

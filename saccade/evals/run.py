@@ -18,7 +18,7 @@ from torch import Tensor
 from saccade.api import LLM
 from saccade.base.errors import OptionError, SaccadeError
 from saccade.base.meter import progress
-from saccade.base.options import check_bounds, option
+from saccade.base.options import check_values, option
 from saccade.checkpoints.config import read_config
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.checkpoints.hub import resolve
@@ -90,7 +90,7 @@ class EvalOptions:
     max_tokens: int = option(200, "most tokens of an answer", low=1)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, option, suggestion
+from saccade.base.options import check_values, option, suggestion
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MediaLimits:
     allow_local_paths: bool = option(True, "read files of this machine")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ class MediaOptions:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        for name in _COUNTS:
-            if not isinstance(getattr(self, name), int | None):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        check_values(self)
         if self.start_s is not None and self.end_s is not None and self.start_s >= self.end_s:
             raise OptionError(f"start_s {self.start_s:g} is not before end_s {self.end_s:g}")
         if self.fps is not None and self.num_frames is not None:
@@ -71,8 +68,6 @@ class MediaOptions:
             raise OptionError("resized_height and resized_width belong together; give both or neither")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise OptionError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
-        if self.frame_rounding not in (None, "down", "nearest"):
-            raise OptionError(f"frame_rounding is {self.frame_rounding!r}; choose down or nearest")
 
     def overridden_by(self, values: Mapping[str, object], kind: Literal["image", "video"]) -> MediaOptions:
         """These options with those of a message part on top, in any of their common spellings.

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any, Literal
 import yaml
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, from_mapping, option
-from saccade.quantize.ranges import METHODS, Method
+from saccade.base.options import check_values, from_mapping, option
+from saccade.quantize.ranges import Method
 from saccade.quantize.recipe import ExactRecipe
 from saccade.quantize.samples import BUILTIN
-from saccade.quantize.smoothing import SMOOTHINGS, Smoothing
+from saccade.quantize.smoothing import Smoothing
 from saccade.schemes.scheme import DENSE, GROUP_SIZES, SCHEMES, W4A8, W4A16, Scheme, scheme_of
 
 Format = Literal["compressed-tensors", "vllm-ascend", "mindie"]
@@ -113,22 +114,10 @@ class BestRecipe:
     rules: tuple[Rule, ...] = option((), "layer overrides; the first that matches counts")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        for name, known in (
-            ("scheme", SCHEME_NAMES),
-            ("format", FORMATS),
-            ("activation_range", METHODS),
-            ("kv_cache", ("model", "int8")),
-            ("smooth", (None, *SMOOTHINGS)),
-            ("rounding", (None, "rtn", "mse", "gptq")),
-            ("layers", (None, "reference", "all")),
-            ("vision", (None, "float", "reference", "all")),
-            ("head", HEADS),
-            ("group_size", (None, *GROUP_SIZES)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise OptionError(f"{name} is {value!r}; use one of {', '.join(str(each) for each in known if each)}")
+        object.__setattr__(self, "calibration", _plain(self.calibration))
+        check_values(self)
+        if self.group_size not in (None, *GROUP_SIZES):
+            raise OptionError(f"group_size is {self.group_size!r}; use one of {', '.join(map(str, GROUP_SIZES))}")
         if self.group_size is not None and not self.scheme.startswith("w4"):
             raise OptionError(
                 f"group_size {self.group_size} needs a 4-bit scheme; {self.scheme} has a scale for each row"
@@ -238,6 +227,11 @@ class BestRecipe:
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(path: Any) -> Any:
+    """A path as text, which recipes are kept as."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 def read_recipe(path: Path, changes: Mapping[str, Any]) -> BestRecipe:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saccade.base.errors import OptionError
-from saccade.base.options import check_bounds, option
+from saccade.base.options import check_values, option
 from saccade.checkpoints.config import ModelConfig
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -35,11 +35,7 @@ class ExactRecipe:
     trust_remote_code: bool = option(False, "accepted; no remote code is ever run")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        if self.device_type not in ("cpu", "npu"):
-            raise OptionError(f"device_type is {self.device_type!r}; use cpu or npu, which is computed on the CPU, too")
-        if self.anti_method not in ("m2", "m4"):
-            raise OptionError(f"anti_method is {self.anti_method!r}; use m2 or m4")
+        check_values(self)
         if self.w_bit not in (4, 8):
             raise OptionError(f"w_bit is {self.w_bit}; use 8 or 4")
         if self.a_bit != 8:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saccade.base.options import check_bounds, option
+from saccade.base.options import check_values, option
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class VerifyOptions:
     hashes: bool = option(True, "write the SHA-256 of every file into the report")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)

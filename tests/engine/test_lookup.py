@@ -91,5 +91,5 @@ def test_it_is_on_where_rows_are_known_to_be_alike_or_where_it_is_asked_for() ->
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(OptionError, match="prompt_lookup_min 4 is larger than prompt_lookup_max 3"):
         EngineOptions(prompt_lookup_min=4)
-    with pytest.raises(OptionError, match="speculation is 'ngram'; it must be auto, lookup or off"):
+    with pytest.raises(OptionError, match="speculation is 'ngram'; use one of auto, lookup, off"):
         EngineOptions(speculation="ngram")  # type: ignore[arg-type]

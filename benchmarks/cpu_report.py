@@ -150,7 +150,8 @@ def machine_section(file: Path, docs: Path) -> list[str]:
         f"## {records[0].threads} threads of {machine['processor']}",
         "",
         f"The {content['preset'].upper()}. Kernels: {machine['kernels']}. The system's load average before the measurements lay "
-        f"between {min(loads):.1f} and {max(loads):.1f}; other programs make every number worse.",
+        f"between {min(loads):.1f} and {max(loads):.1f}; other programs make every number worse."
+        + (f" {machine['note']}" if "note" in machine else ""),
     ]
     for media in GRIDS:
         rows = medians([record for record in records if record.media == media])

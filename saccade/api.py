@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import time
 import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,17 +17,13 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import DeviceError, OptionError, PromptError, SaccadeError
-from saccade.base.meter import available_memory_bytes, progress
-from saccade.base.options import from_mapping, suggestion
+from saccade.base.meter import available_memory_bytes, give_back_memory, progress
+from saccade.base.options import from_mapping
 from saccade.base.ranks import Ranks, disconnect, launched_size
 from saccade.checkpoints.config import ModelConfig
 from saccade.checkpoints.formats import (
-    EMBEDDING,
-    HEAD,
     Checkpoint,
     MappedCheckpoint,
-    expected_tensors,
-    linears,
     open_checkpoint,
 )
 from saccade.checkpoints.hub import resolve
@@ -42,12 +37,12 @@ from saccade.engine.scheduler import Scheduler
 from saccade.engine.workers import LeadingRunner, follow, meet, own_device
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaLimits, MediaOptions
-from saccade.inputs.prompt import MediaReceipt, Prompt
+from saccade.inputs.prompt import Prompt
 from saccade.kernels.choose import choose, choose_device
-from saccade.kernels.record import KV_SCALE_BYTES
 from saccade.model.layers import Filling, TensorSource
 from saccade.model.qwen2_5_vl import Qwen2_5_VL
 from saccade.outputs import CompletionOutput, RequestOutput, output_of
+from saccade.planning import keeps_int8_cache, kv_bytes_per_token, loading_of, torch_dtype, weight_bytes
 from saccade.quantize.best import BestReport, quantize_best
 from saccade.quantize.best_recipe import BestRecipe, read_recipe
 from saccade.quantize.calibration import Order
@@ -55,14 +50,10 @@ from saccade.quantize.job import Job, prepare
 from saccade.quantize.pipeline import Report, quantize_exact
 from saccade.quantize.recipe import ExactRecipe
 from saccade.quantize.report import Verify
-from saccade.schemes.affine import loading_scheme
-from saccade.schemes.scheme import DENSE, Scheme, fitting
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 LOOKAHEAD = 16  # conversations prepared ahead of the engine; their pictures wait in memory
 LOAD_REMEDY = "use --quantization w8a8-dynamic, a smaller model, or a larger machine"
 CACHE_SHARE = 0.3  # of the memory left beside the weights, for keys and values
@@ -75,27 +66,6 @@ class StreamUpdate:
     index: int
     text: str
     output: RequestOutput | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversation would take, without running it. Bytes are of one request at its longest."""
-
-    prompt: Prompt
-    max_tokens: int
-    weight_bytes: int
-    kv_cache_bytes: int
-    media_bytes: int  # prepared frames, patch rows and features
-    activation_bytes: int  # of the widest layer for one step
-    notes: tuple[str, ...] = ()  # layers that are stored otherwise than asked for, and why
-
-    @property
-    def media(self) -> list[MediaReceipt]:
-        return [medium.receipt for medium in self.prompt.media]
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.media_bytes + self.activation_bytes
 
 
 class LLM:
@@ -164,7 +134,8 @@ class LLM:
         """`start`: keywords with which another process opens the same model."""
         options = self.options
         self.config, self.tokenizer = config, tokenizer
-        self.quantization = _quantization(options, source.quantization if isinstance(source, Checkpoint) else None)
+        stored = source.quantization if isinstance(source, Checkpoint) else None
+        self.quantization = ", ".join(options.quantizations(stored)) or None
         self.media, self.limits = media or MediaOptions(), limits or MediaLimits()
         device, dtype = own_device(choose_device(options.device)), torch_dtype(options.dtype, config)
         num_ranks = max(options.tensor_parallel, launched_size())
@@ -172,14 +143,13 @@ class LLM:
             torch.set_num_threads(options.threads or max(1, usable_cpus() // num_ranks))
         chosen_kernels = choose(device, dict(kernels or {}))
         Qwen2_5_VL(config, chosen_kernels, Ranks(size=num_ranks))  # can it be cut so? Before any process is started
-        scheme, head_scheme = loading_schemes(options)
+        wanted = loading_of(options)
         self._crew = crew = meet(options.tensor_parallel, device, start)
         if crew.ranks.leads:
             weakref.finalize(self, crew.close).atexit = False  # the crew itself sees to that
         model = Qwen2_5_VL(config, chosen_kernels, crew.ranks)
         free = available_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        model_or_config = source if isinstance(source, Checkpoint) else config
-        weights = weight_bytes(model_or_config, dtype, scheme, head_scheme) // crew.ranks.size
+        weights = weight_bytes(source if isinstance(source, Checkpoint) else config, dtype, wanted) // crew.ranks.size
         if weights > free:
             raise DeviceError(
                 f"the weights take {weights / 1e9:.1f} GB as {dtype}, and {device} has {free / 1e9:.1f} GB free; "
@@ -188,13 +158,13 @@ class LLM:
         if options.check_weights and isinstance(source, Checkpoint):
             source.check_finite()
         is_int8 = keeps_int8_cache(config, options)
-        is_used_as_it_is = device.type == "cpu" and scheme.is_dense and crew.ranks.is_alone
-        is_mapped = options.mmap and is_used_as_it_is
+        is_mapped = options.mmap and device.type == "cpu" and crew.ranks.is_alone
         in_place = MappedCheckpoint(source) if is_mapped and isinstance(source, Checkpoint) else None
-        filling = Filling(source, dtype, device, scheme, head_scheme, folds_keys=is_int8, in_place=in_place)
+        filling = Filling(source, dtype, device, wanted, folds_keys=is_int8, in_place=in_place)
         with progress(sum(1 for _ in model.blocks()), "loading") as advance, within_memory(device, LOAD_REMEDY):
             for _ in model.load(filling):
                 advance(1)
+        give_back_memory()
         num_blocks = self._num_blocks(config, dtype, free - weights)
         num_blocks = crew.agree(num_blocks)
         sizes = (model, num_blocks, options.block_size, options.encoder_cache_bytes, is_int8)
@@ -329,132 +299,6 @@ class LLM:
         """Vision features [tokens, hidden_size] of each medium of a conversation, in order of appearance."""
         features, _ = self.engine.runner.embed_media(self.prepare(messages).media)
         return features
-
-
-# --- what things take ------------------------------------------------------------------------------------------------
-
-
-def plan(
-    model: str | os.PathLike[str],
-    messages: Conversation,
-    sampling_params: SamplingParams | None = None,
-    *,
-    media: MediaOptions | None = None,
-    limits: MediaLimits | None = None,
-    **options: Any,
-) -> Plan:
-    """What a conversation would take: opens the checkpoint's headers and the media, loads no weight, runs nothing."""
-    chosen = from_mapping(EngineOptions, options)
-    folder: Path = resolve(model, source=chosen.source, revision=chosen.revision)
-    checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    prompt = ChatTokenizer(folder, config).build(
-        messages, defaults=media or MediaOptions(), limits=limits or MediaLimits()
-    )
-    max_tokens = (sampling_params or SamplingParams()).max_tokens
-    scheme, head_scheme = loading_schemes(chosen)
-    weights = weight_bytes(checkpoint, torch_dtype(chosen.dtype, config), scheme, head_scheme)
-    return replace(plan_for(config, prompt, max_tokens, chosen, weights), notes=tuple(stand_ins(config, scheme)))
-
-
-def stand_ins(config: ModelConfig, scheme: Scheme) -> Iterator[str]:
-    """The layers that cannot be quantized to `scheme` while loading, and what they are quantized to: a line for each width."""
-    counts: dict[int, int] = {}
-    for module, (_, num_columns) in linears(config).items():
-        if f"{module}.weight" != HEAD and fitting(scheme, num_columns) != scheme:
-            counts[num_columns] = counts.get(num_columns, 0) + 1
-    for num_columns, count in counts.items():
-        yield (
-            f"{count} layers of {num_columns} columns become {fitting(scheme, num_columns).name}: groups of "
-            f"{scheme.group_size} do not divide them"
-        )
-
-
-def plan_for(config: ModelConfig, prompt: Prompt, max_tokens: int, options: EngineOptions, weights: int) -> Plan:
-    dtype = torch_dtype(options.dtype, config)
-    num_patches = sum(medium.receipt.grid.num_patches for medium in prompt.media)
-    num_media_tokens = sum(medium.receipt.num_tokens for medium in prompt.media)
-    features = num_media_tokens * config.text.hidden_size * dtype.itemsize
-    rows = num_patches * config.vision.patch_values * (4 + dtype.itemsize)
-    frames = sum(medium.frames.nbytes for medium in prompt.media)
-    step = min(len(prompt), options.max_tokens_per_step)
-    widest_text = 2 * config.text.intermediate_size + 3 * config.text.hidden_size
-    widest_vision = 2 * config.vision.intermediate_size + 4 * config.vision.hidden_size
-    activations = max(step * widest_text, num_patches * widest_vision) * dtype.itemsize + 4 * config.text.vocab_size
-    return Plan(
-        prompt=prompt,
-        max_tokens=max_tokens,
-        weight_bytes=weights,
-        kv_cache_bytes=(len(prompt) + max_tokens) * kv_bytes_per_token(config, dtype, options),
-        media_bytes=frames + rows + features,
-        activation_bytes=activations,
-    )
-
-
-def torch_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    """The working type called `name`; auto is the checkpoint's own."""
-    full = config.dtype if name == "auto" else DTYPE_SPELLINGS.get(name, name)
-    if full not in DTYPES:
-        raise OptionError(f"dtype {name!r} is unknown{suggestion(name, ['auto', *DTYPES])}")
-    return DTYPES[full]
-
-
-def loading_schemes(options: EngineOptions) -> tuple[Scheme, Scheme]:
-    """What linears that come dense are quantized to while loading, and what the output head is."""
-    return loading_scheme(options.quantization), loading_scheme(options.head_quantization)
-
-
-def weight_bytes(
-    model: ModelConfig | Checkpoint, dtype: torch.dtype, scheme: Scheme = DENSE, head_scheme: Scheme = DENSE
-) -> int:
-    """Bytes of all weights in memory; the schemes are those of `loading_schemes`. A tied head that is quantized is one of its own.
-
-    Raises OptionError when what is to be quantized is so already.
-    """
-    if isinstance(model, Checkpoint) and model.quantization is not None:
-        if not scheme.is_dense:
-            raise OptionError(
-                f"quantization {scheme.name!r} is for checkpoints that are not quantized, and {model.folder} is: "
-                f"{model.quantization}; leave the option out"
-            )
-        if not head_scheme.is_dense and model.is_quantized("lm_head"):
-            raise OptionError(
-                f"head_quantization {head_scheme.name!r}: {model.folder} has a {model.scheme('lm_head').name} head; "
-                "leave the option out"
-            )
-        return model.weight_bytes(dtype) + head_bytes(model.config, dtype, head_scheme)
-    config = model.config if isinstance(model, Checkpoint) else model
-    total = 0.0
-    for name, shape in expected_tensors(config).items():
-        is_linear = len(shape) == 2 and name not in (EMBEDDING, HEAD)
-        stored = fitting(scheme, shape[1]) if is_linear else DENSE
-        total += math.prod(shape) * (dtype.itemsize if stored.is_dense else stored.bytes_per_weight)
-    return int(total) + head_bytes(config, dtype, head_scheme)
-
-
-def _quantization(options: EngineOptions, stored: str | None) -> str | None:
-    """In a few words; `stored`: that of the checkpoint."""
-    head = None if options.head_quantization is None else f"head {options.head_quantization}"
-    return ", ".join(words for words in (options.quantization or stored, head) if words) or None
-
-
-def head_bytes(config: ModelConfig, dtype: torch.dtype, scheme: Scheme) -> int:
-    """What a head in this scheme adds to a model whose head is dense: less than nothing where it is not tied."""
-    text = config.text
-    before = 0 if text.tie_word_embeddings else dtype.itemsize
-    stored = fitting(scheme, text.hidden_size)
-    return 0 if stored.is_dense else int(text.vocab_size * text.hidden_size * (stored.bytes_per_weight - before))
-
-
-def keeps_int8_cache(config: ModelConfig, options: EngineOptions) -> bool:
-    """As the option says, or else the checkpoint."""
-    return options.kv_cache_dtype == "int8" or (options.kv_cache_dtype == "auto" and config.has_int8_cache)
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
-    text = config.text
-    row = text.head_dim + KV_SCALE_BYTES if keeps_int8_cache(config, options) else text.head_dim * dtype.itemsize
-    return 2 * text.num_layers * text.num_kv_heads * row
 
 
 def usable_cpus() -> int:

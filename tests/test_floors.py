@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "saccade"
 # rooms on one floor are blind to each other unless they are files of one folder.
 FLOORS: list[dict[str, list[str]]] = [
     {"base": ["errors", "options", "meter", "ranks"]},
-    {"schemes": ["scheme", "packing", "affine", "parts"]},
+    {"schemes": ["scheme", "packing", "affine", "parts", "loading"]},
     {
         "kernels": [
             "record",
@@ -115,7 +115,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "engine",
         ],
     },
-    {"outputs": []},
+    {"outputs": [], "planning": []},
     {"api": [], "drawing": []},
     {"scoring": []},
     {

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api import plan
 from saccade.kernels import reference
 from saccade.kernels.choose import choose
 from saccade.kernels.record import KV_SCALE_BYTES, Kernels, PagedLayout
 from saccade.model.key_fold import fold_keys, key_factors
 from saccade.model.language import WholeSequences
+from saccade.planning import plan
 from saccade.schemes.affine import dequantize, quantize_rows_int8, quantize_weight, scaled_rows
 from saccade.schemes.scheme import SCHEMES, Weight
 from tests.quantized_folder import rounded

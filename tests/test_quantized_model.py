@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import LLM, SamplingParams
-from saccade.api import plan, quantize, quantize_exactly
+from saccade.api import quantize, quantize_exactly
 from saccade.base.errors import CheckpointError, OptionError
 from saccade.bench.model import random_llm
 from saccade.checkpoints import ascend, formats
@@ -23,10 +23,12 @@ from saccade.checkpoints.formats import open_checkpoint
 from saccade.checkpoints.shards import Shards
 from saccade.model.language import WholeSequences
 from saccade.model.layers import Linear, size_bytes
+from saccade.planning import plan
 from saccade.schemes.affine import dequantize, quantize_weight
 from saccade.schemes.scheme import W4A8, W8A8_DYNAMIC, Weight
 from tests import quantized_folder
 from tests.goldens import CASES, GOLDENS, needs_goldens
+from tests.parity.oracle import Shape, build
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((84, 56))
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -237,7 +239,7 @@ def test_quantization_while_loading_stays_near(name: str, bound: float) -> None:
 
 
 def test_layers_whose_columns_groups_do_not_divide_take_what_fits(tiny_checkpoint: Path) -> None:
-    llm = open_llm(tiny_checkpoint, quantization="w4a8-g256")
+    llm = open_llm(tiny_checkpoint, quantization="w4a8-g256", vision_quantization="w4a8-g256")
     schemes = {layer.in_features: layer.weight.scheme.name for layer in linears(llm) if layer.is_quantizable}
     assert schemes == {
         32: "w4a8-g32",
@@ -247,6 +249,49 @@ def test_layers_whose_columns_groups_do_not_divide_take_what_fits(tiny_checkpoin
         128: "w4a8-g128",
     }
     assert logits_of(llm).isfinite().all()
+
+
+def tower_and_decoder(llm: LLM) -> tuple[set[str], set[str]]:
+    model = llm.engine.runner.model
+    found = (
+        {layer.weight.scheme.name for layer in part.modules() if isinstance(layer, Linear) and layer.is_quantizable}
+        for part in (model.visual, model.language)
+    )
+    return next(found), next(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "tower", "decoder"),
+    [
+        ({"quantization": "w4a8-g32"}, "w8a8-dynamic", "w4a8-g32"),
+        ({"quantization": "w4a16-g32"}, "w8a16", "w4a16-g32"),
+        ({"quantization": "fp8"}, "fp8", "fp8"),
+        ({"quantization": "w4a16-g32", "vision_quantization": "float"}, "dense", "w4a16-g32"),
+        ({"vision_quantization": "w8a16"}, "w8a16", "dense"),
+    ],
+)
+def test_the_tower_takes_8_bits_where_the_decoder_takes_4_or_what_is_said(
+    options: dict[str, str], tower: str, decoder: str
+) -> None:
+    """Random weights whose columns every group of 32 divides."""
+    assert tower_and_decoder(random_llm("tiny", device="cpu", kv_cache_tokens=256, **options)) == ({tower}, {decoder})
+
+
+def test_a_float_tower_of_a_quantized_checkpoint_may_be_quantized_and_no_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """What is quantized is read, not mapped; the decoder is used where it lies."""
+    plain: dict[str, Any] = {"scheme": "w8a8-dynamic", "smooth": "none", "rounding": "rtn"}
+    quantize(tiny_checkpoint, tmp_path / "float", **plain)
+    llm = open_llm(tmp_path / "float", vision_quantization="w8a16")
+    assert tower_and_decoder(llm) == ({"w8a16"}, {"w8a8-dynamic"})
+    assert llm.quantization is not None
+    assert llm.quantization.endswith(", tower w8a16")
+    exact = logits_of(open_llm(tmp_path / "float"))
+    assert 0 < distance(logits_of(llm), exact) < 0.05
+    quantize(tiny_checkpoint, tmp_path / "int8", vision="all", **plain)
+    with pytest.raises(OptionError, match=r"vision_quantization 'w8a16': visual\.blocks.* is w8a8-dynamic already"):
+        open_llm(tmp_path / "int8", vision_quantization="w8a16")
 
 
 def test_what_needs_calibration_is_refused_before_loading(tiny_checkpoint: Path) -> None:
@@ -304,6 +349,32 @@ def test_float_weights_are_used_where_they_lie_unless_another_type_is_asked_for(
     assert mapped_bytes(copied, tiny_checkpoint) == 0
     assert torch.equal(logits_of(llm), logits_of(copied))
     assert mapped_bytes(open_llm(tiny_checkpoint, dtype="bfloat16"), tiny_checkpoint) == 0
+
+
+@pytest.mark.parametrize(
+    ("tied", "options", "is_mapped"),
+    [
+        (False, {"quantization": "w8a16"}, True),
+        (False, {"quantization": "w8a16", "mmap": False}, False),
+        (True, {"quantization": "w8a16"}, False),  # every token reads it
+        (True, {"quantization": "w8a16", "head_quantization": "w8a16"}, True),
+        (True, {"vision_quantization": "w8a16"}, True),
+    ],
+)
+def test_an_embedding_of_which_tokens_read_a_row_stays_in_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, options: dict[str, Any], is_mapped: bool
+) -> None:
+    monkeypatch.setattr(formats, "MAPPED_BYTES", 0)
+    build(tmp_path / "model", Shape("small", tied=tied), seed=1)
+    llm = open_llm(tmp_path / "model", **options)
+    model, file_bytes = llm.engine.runner.model, (tmp_path / "model" / "model.safetensors").stat().st_size
+    found = model.language.embed_tokens.weight.values
+    assert (found.untyped_storage().nbytes() == file_bytes) == is_mapped
+    assert torch.equal(found, open_llm(tmp_path / "model").engine.runner.model.language.embed_tokens.weight.values)
+    tower = [
+        layer.weight.values for layer in model.visual.modules() if isinstance(layer, Linear) and layer.is_quantizable
+    ]
+    assert all(tensor.untyped_storage().nbytes() != file_bytes for tensor in tower)  # it is quantized in all cases
 
 
 def test_a_verify_that_cannot_be_called_is_refused_before_the_long_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ quantization_config of config.json names: compressed-tensors (`compressed_tensor
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -94,15 +93,6 @@ class Checkpoint:
             f"{self.stored.summary}, {count} of {len(modules)} linear layers "
             f"({self.stored.format_name} format, {self.stored.source})"
         )
-
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights in memory, what is not quantized as `dtype`."""
-        total = 0
-        for name, shape in expected_tensors(self.config).items():
-            scheme = self.scheme(name.removesuffix(".weight")) if name.endswith(".weight") else DENSE
-            size = math.prod(shape)
-            total += size * dtype.itemsize if scheme.is_dense else int(size * scheme.bytes_per_weight) + 4 * shape[0]
-        return total
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Reads these tensors (all by default). Raises CheckpointError for the first that holds NaN or an infinity."""

@@ -17,9 +17,9 @@ from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.inputs.options import MediaOptions
 
 if TYPE_CHECKING:
-    from saccade.api import Plan
     from saccade.inputs.prompt import MediaReceipt
     from saccade.outputs import CompletionOutput, RequestOutput
+    from saccade.planning import Plan
 
 DRAWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -69,11 +69,11 @@ def command(
         raise click.UsageError(f"--draw {draw} is of no kind of picture that is written; use {', '.join(DRAWN)}")
     require_places(draw)
 
-    from saccade import api
+    from saccade import api, planning
 
     messages = api.messages_for(text, images, videos, system)
     if dry_run:
-        plan = api.plan(model, messages, params, media=media, **dataclasses.asdict(engine))
+        plan = planning.plan(model, messages, params, media=media, **dataclasses.asdict(engine))
         print(json.dumps(_plan_json(plan)) if as_json else _plan_text(plan))
         return
     llm = api.LLM(model, media=media, **dataclasses.asdict(engine))

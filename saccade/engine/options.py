@@ -82,9 +82,13 @@ class EngineOptions:
         None,
         "quantize the linear layers while loading: w8a16, w4a16-g128, w8a8-dynamic, w4a8-g128, fp8; groups: 32 to 256",
     )
+    vision_quantization: str | None = option(
+        None,
+        "of the vision tower, if it is another: float, w8a8-dynamic, ...; by default 8 bits where quantization says 4",
+    )
     head_quantization: str | None = option(
         None,
-        "quantize the output head while loading, too: w8a16, say; every token reads all of it, and it is float otherwise",
+        "quantize the output head while loading, too: w8a8-dynamic, say; every token reads all of it, and it stays float",
     )
     source: Literal["huggingface", "modelscope"] = option("huggingface", "where hub ids are looked up")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
@@ -117,6 +121,11 @@ class EngineOptions:
         "pages where there are any",
     )
     check_weights: bool = option(False, "looks for NaN and infinity in every weight before loading")
+
+    def quantizations(self, stored: str | None = None) -> list[str]:
+        """How the model is quantized, part by part, in a few words; `stored`: as the checkpoint is."""
+        parts = {"": self.quantization or stored, "tower ": self.vision_quantization, "head ": self.head_quantization}
+        return [part + words for part, words in parts.items() if words]
 
     def __post_init__(self) -> None:
         for name in ("device", "dtype"):  # torch's own spellings

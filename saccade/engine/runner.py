@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saccade.base.errors import DeviceError
+from saccade.base.meter import give_back_memory
 from saccade.engine.batch import Batch, Placement
 from saccade.engine.device_sampling import Draw
 from saccade.engine.graphs import Cuda, DecodeGraphs
@@ -196,6 +197,8 @@ class Runner:
             self.num_encoded += len(group)
             if self.model.device.type == "cuda":  # else the time would be that of queueing the work
                 torch.cuda.synchronize(self.model.device)
+            else:
+                give_back_memory()  # the tower's, before the prompt takes its own
             preprocessing += middle - start
             vision += time.perf_counter() - middle
         return [_present(found[medium.key]) for medium in media], VisionTimes(preprocessing, vision)

@@ -31,7 +31,7 @@ from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.options import MediaOptions
 from saccade.inputs.prompt import Medium, Prompt
 from saccade.outputs import RequestOutput
-from saccade.schemes.affine import loading_scheme
+from saccade.planning import loading_of
 from saccade.scoring import Divergence, TokenDivergence, answer_tokens, join, score_prompts, token_divergence
 
 RIGHT = 0.5  # a graded score from which an answer counts as right where only right and wrong are compared
@@ -50,13 +50,13 @@ class Candidate:
     inject: str | None = None
 
     def __post_init__(self) -> None:
-        loading_scheme(self.engine.quantization)
+        loading_of(self.engine)
         if self.inject is not None:
             read_spec(self.inject)
 
     @property
     def name(self) -> str:
-        parts = [self.model, self.inject and f"+ {self.inject}", self.engine.quantization]
+        parts = [self.model, self.inject and f"+ {self.inject}", *self.engine.quantizations()]
         parts.append(None if self.engine.dtype == "auto" else self.engine.dtype)
         parts.append(None if self.engine.kv_cache_dtype == "auto" else f"{self.engine.kv_cache_dtype} cache")
         return " ".join(part for part in parts if part)

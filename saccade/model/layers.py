@@ -17,8 +17,9 @@ from saccade.base.ranks import ALONE, Ranks
 from saccade.kernels.record import Kernels
 from saccade.model.sharding import cut_width, length, scaled
 from saccade.schemes.affine import quantize_weight
+from saccade.schemes.loading import NOTHING, Loading
 from saccade.schemes.parts import take_columns, take_rows
-from saccade.schemes.scheme import DENSE, Scheme, Weight, fitting, stack
+from saccade.schemes.scheme import Weight, fitting, stack
 
 
 class TensorSource(Protocol):
@@ -45,15 +46,14 @@ class InPlace(Protocol):
 class Filling:
     """How layers are filled: from where, in which type, onto which device, and how linears are stored that come dense.
 
-    A layer whose columns the scheme's groups do not divide takes the one that `fitting` names. The output head has a scheme of
-    its own. `folds_keys`: scales are moved from keys to queries (see key_fold.py). What is `in_place` is not copied from `source`.
+    A layer whose columns a scheme's groups do not divide takes the one that `fitting` names. `folds_keys`: scales are moved
+    from keys to queries (see key_fold.py). What is `in_place` is not copied from `source`.
     """
 
     source: TensorSource
     dtype: torch.dtype
     device: torch.device
-    scheme: Scheme = DENSE
-    head_scheme: Scheme = DENSE
+    loading: Loading = NOTHING
     folds_keys: bool = False
     in_place: InPlace | None = None
 
@@ -104,8 +104,9 @@ class Linear(nn.Module):
 
     def fill(self, filling: Filling) -> None:
         self.weight = self._stored(filling) or self._dense(filling)
-        if self.weight.scheme.is_dense and self.is_quantizable and not filling.scheme.is_dense:
-            self.weight = quantize_weight(self.weight, fitting(filling.scheme, self.weight.in_features))
+        scheme = filling.loading.of(next(iter(self.parts)))
+        if self.weight.scheme.is_dense and self.is_quantizable and not scheme.is_dense:
+            self.weight = quantize_weight(self.weight, fitting(scheme, self.weight.in_features))
         if not self.ranks.is_alone:
             self.weight = self.share_of(self.weight)
 

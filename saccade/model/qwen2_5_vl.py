@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from saccade.model.layers import Filling, Linear, fill
 from saccade.model.sharding import cut_heads, cut_width, length
 from saccade.model.vision import VisionTower
 from saccade.schemes.affine import quantize_weight
+from saccade.schemes.loading import Loading
 from saccade.schemes.scheme import fitting
 
 BLOCKS_AT_ONCE = 4  # that are read, and put into the kernels' form: as many lie in memory twice for a moment
@@ -53,27 +55,35 @@ class Qwen2_5_VL(nn.Module):
         A few at once where numbers are taken as they are; one where they are quantized, which torch's threads share already.
         """
         before = torch.get_num_threads()
-        count = min(before, BLOCKS_AT_ONCE) if filling.scheme.is_dense else 1
+        count = min(before, BLOCKS_AT_ONCE) if filling.loading.is_dense else 1
 
-        def filled(block: nn.Module) -> None:
+        def filled(name: str, block: nn.Module) -> None:
             torch.set_num_threads(before // count)  # of this thread
-            fill(block, filling)
+            fill(block, filling if self.stays(name, filling.loading) else replace(filling, in_place=None))
             if filling.folds_keys and isinstance(block, DecoderLayer):
                 block.fold_keys()
 
         try:
             with ThreadPoolExecutor(count) as pool:
                 blocks = dict(self.blocks())
-                for name, _ in zip(blocks, pool.map(filled, blocks.values()), strict=True):
+                for name, _ in zip(blocks, pool.map(filled, blocks, blocks.values()), strict=True):
                     yield name
         finally:
             torch.set_num_threads(before)  # what threads to come begin with
         if self.config.text.tie_word_embeddings:
             whole = self.language.embed_tokens.weight
             self.lm_head.weight = whole if self.ranks.is_alone else self.lm_head.share_of(whole)
-        if not filling.head_scheme.is_dense:
-            scheme = fitting(filling.head_scheme, self.config.text.hidden_size)
+        if not filling.loading.head.is_dense:
+            scheme = fitting(filling.loading.head, self.config.text.hidden_size)
             self.lm_head.weight = quantize_weight(self.lm_head.weight, scheme)
+
+    def stays(self, name: str, loading: Loading) -> bool:
+        """Whether a block is used as it lies in its file: what is quantized is read and forgotten. A head goes with the decoder, for
+        what every token reads may lie better in memory of its own; an embedding that is none is read by the row."""
+        is_head = name == "lm_head" or self.config.text.tie_word_embeddings
+        if name == "model.embed_tokens" and not (is_head and loading.head.is_dense):
+            return True
+        return loading.of(name).is_dense and (loading.decoder.is_dense or name.startswith("visual."))
 
     @property
     def num_kv_heads(self) -> int:

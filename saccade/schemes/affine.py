@@ -99,8 +99,13 @@ def quantize_weight(weight: Weight, scheme: Scheme = W8A16, rows_at_a_time: int 
     assert scheme.activation != "static", f"{scheme.name} needs calibration"
     assert fitting(scheme, weight.in_features) == scheme, f"{scheme.name} on {weight.in_features} columns"
     count = rows_at_a_time or (128 if weight.values.device.type == "cpu" else 2048)
-    pieces = [_rounded(piece, scheme) for piece in torch.split(weight.values, count)]
-    values, scale, *others = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    whole: list[Tensor] = []  # filled as pieces come: a head would be in memory twice
+    for first in range(0, weight.out_features, count):
+        piece = _rounded(weight.values[first : first + count], scheme)
+        whole = whole or [part.new_empty(weight.out_features, *part.shape[1:]) for part in piece]
+        for out, part in zip(whole, piece, strict=True):
+            out[first : first + count] = part
+    values, scale, *others = whole
     group_scale = others[0] if scheme.is_two_stage else None
     return Weight(values, scale, weight.bias, scheme, group_scale, zero=others[0] if scheme.is_asymmetric else None)
 

@@ -86,8 +86,8 @@ def fitting(scheme: Scheme, num_columns: int) -> Scheme:
 
 
 def scheme_of(name: str | None) -> Scheme:
-    """The scheme called `name`, dense for None; `weight_only_int8` is another spelling of w8a16. Raises OptionError."""
-    name = {None: "dense", "weight_only_int8": "w8a16"}.get(name, name)
+    """The scheme called `name`, dense for None and `float`; `weight_only_int8` is w8a16. Raises OptionError."""
+    name = {None: "dense", "float": "dense", "weight_only_int8": "w8a16"}.get(name, name)
     if name not in SCHEMES:
         raise OptionError(f"quantization {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
     return SCHEMES[name]

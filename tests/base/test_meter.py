@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,22 @@ def test_the_log_is_quiet_by_default() -> None:
     program = "from saccade.base.meter import logger\nlogger.warning('x')"
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert run.stdout == run.stderr == b""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed, and can be told")
+def test_freed_memory_is_given_back() -> None:
+    """A program of its own: how much this one's C library keeps depends on the tests before."""
+    program = """
+from saccade.base.meter import current_rss_bytes, give_back_memory
+pieces = [bytearray(100_000) for _ in range(1000)]
+last = bytearray(100_000)
+before = current_rss_bytes()
+del pieces
+kept = before - current_rss_bytes()
+give_back_memory()
+print(kept, before - current_rss_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, given = map(int, done.stdout.split())
+    assert kept < 10_000_000
+    assert given > 90_000_000

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from saccade import cli
-from saccade.api import stand_ins
 from saccade.base.errors import OptionError
 from saccade.checkpoints.describe import describe
 from saccade.checkpoints.formats import linears, open_checkpoint
 from saccade.checkpoints.presets import PRESETS
 from saccade.checkpoints.writing import FORMATS, companions, format_named, require_writable
 from saccade.demo import FOLDER, questions
+from saccade.planning import stand_ins
+from saccade.schemes.loading import Loading
 from saccade.schemes.scheme import (
     DENSE,
     FP8,
@@ -121,11 +122,11 @@ def test_what_belongs_to_the_model_comes_along_and_old_descriptions_do_not(tmp_p
 
 
 def test_layers_that_groups_do_not_divide_are_named_with_what_they_become() -> None:
-    assert list(stand_ins(PRESETS["72b"], W4A8[256])) == [
+    assert list(stand_ins(PRESETS["72b"], Loading(W4A8[256], W4A8[256]))) == [
         "32 layers of 3456 columns become w4a8-g128: groups of 256 do not divide them",
         "80 layers of 29568 columns become w4a8-g128: groups of 256 do not divide them",
     ]
-    assert list(stand_ins(PRESETS["7b"], W4A16[64])) == [
+    assert list(stand_ins(PRESETS["7b"], Loading(W4A16[64], W4A16[64]))) == [
         "32 layers of 3420 columns become w8a16: groups of 64 do not divide them"
     ]
-    assert list(stand_ins(PRESETS["72b"], FP8)) == []
+    assert list(stand_ins(PRESETS["72b"], Loading(FP8, FP8))) == []

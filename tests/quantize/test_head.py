@@ -11,11 +11,12 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from saccade import LLM
-from saccade.api import plan, quantization_job, quantize
+from saccade.api import quantization_job, quantize
 from saccade.base.errors import OptionError
 from saccade.checkpoints.formats import EMBEDDING, open_checkpoint
 from saccade.kernels import reference
 from saccade.model.layers import size_bytes
+from saccade.planning import plan
 from saccade.quantize import run as running
 from saccade.quantize.best_recipe import HEADS, BestRecipe, Rule
 from saccade.quantize.report import QuantizationReport
@@ -144,7 +145,7 @@ def test_a_float_head_of_a_quantized_checkpoint_may_be_quantized_and_no_other(ti
     quantize(tied, tmp_path / "int8", head="w8a8-dynamic", **PLAIN)
     assert opened(tmp_path / "int8").engine.runner.model.lm_head.weight.scheme == W8A8_DYNAMIC
     with pytest.raises(
-        OptionError, match=r"head_quantization 'w8a16': .*has a w8a8-dynamic head; leave the option out"
+        OptionError, match=r"head_quantization 'w8a16': lm_head .*is w8a8-dynamic already; leave the option out"
     ):
         opened(tmp_path / "int8", head_quantization="w8a16")
     with pytest.raises(OptionError, match="'w8a8' needs activations measured"):

@@ -11,11 +11,12 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from saccade import LLM
-from saccade.api import plan, quantization_job, quantize
+from saccade.api import quantization_job, quantize
 from saccade.base.errors import OptionError
 from saccade.checkpoints import compressed_tensors
 from saccade.checkpoints.formats import open_checkpoint
 from saccade.kernels import reference
+from saccade.planning import plan
 from saccade.quantize.best_recipe import Rule
 from saccade.schemes.scheme import W8A16
 from saccade.scoring import score_prompts

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a machine lent with its card measures a checkout: nothing is installed there
 TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -320,9 +322,9 @@ def transformers_times(tokens: int, size: str, may_compile: Callable[[], bool]) 
 
     times: dict[str, Any] = {"version": transformers.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        tool = Path(__file__).parent.parent / "tools" / "random_checkpoint.py"
         target = Path(folder) / "model"
-        subprocess.run([sys.executable, str(tool), size, str(target)], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "tools.random_checkpoint", size, str(target)]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         llm = LLM(target, kv_cache_tokens=4096, **({"device": "cpu"} if TINY else {}))
         from saccade.bench.against import _generate_s, _inputs
 

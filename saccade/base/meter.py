@@ -13,20 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 logger = logging.getLogger("saccade")
 logger.addHandler(logging.NullHandler())
 
 
 def current_rss_bytes() -> int:
     """Memory this process holds now."""
+    import psutil  # here and below: a model on a card runs without it
+
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held so far."""
     if sys.platform == "win32":
+        import psutil
+
         return int(psutil.Process().memory_info().peak_wset)
     try:  # getrusage would count the parent's peak too: Linux carries it over when a process starts another program
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -46,6 +48,8 @@ def give_back_memory() -> None:
 
 def available_memory_bytes() -> int:
     """Memory this process may still take without swapping: the machine's, or its control group's where that is less."""
+    import psutil
+
     available = int(psutil.virtual_memory().available)
     return min([available, *_control_group_room(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 

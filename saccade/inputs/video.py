@@ -13,11 +13,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Generic, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar
 
-import av
-import av.container
-import av.error
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,13 +24,15 @@ from saccade.geometry import num_frames_to_sample, spread_frames
 from saccade.inputs.media import Pixels, open_encoded, upright
 from saccade.inputs.options import MediaLimits, MediaOptions
 
+if TYPE_CHECKING:
+    import av
+    import av.container
+
 T = TypeVar("T")
 
 # Self-contained formats only: playlists (HLS, DASH, concat) would have the demuxer open what they name.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif,asf"
 _SEEKABLE = ("mov", "matroska")  # their indices name key frames exactly
-# How text that is no UTF-8 is passed over; PyAV 19 needs not be told, and takes no such word.
-_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 _WORTH_A_SEEK = 16  # frames skipped
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"uuid", b"mfra")
 _MOST_BOXES = 100_000  # looked at; fragmented files have two per fragment
@@ -162,6 +162,7 @@ def sample_frames(
     chosen frame (upright RGB [H, W, 3] uint8) as it passes by. Raises MediaError.
     """
     encoded = open_encoded(source, limits.max_video_bytes, limits)
+    _pyav()
     with encoded.stream, _reading(encoded.label):
         _check_whole(encoded.stream, encoded.num_bytes, encoded.label)
         encoded.stream.seek(0)
@@ -224,6 +225,17 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
     return at + length, 0 if value == (1 << 7 * length) - 1 else value
 
 
+@cache
+def _pyav() -> Any:
+    """PyAV, imported when it is needed: pictures, and videos given as frames, are served without it. Raises MediaError."""
+    try:
+        import av
+        import av.error
+    except ImportError as error:
+        raise MediaError(f"videos are decoded by PyAV, which cannot be imported ({error}); pip install av") from error
+    return av
+
+
 class _reading:
     """Turns what the demuxer and decoders raise on a damaged file into a MediaError, without their words."""
 
@@ -234,7 +246,9 @@ class _reading:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (av.error.FFmpegError, ValueError, OSError, ArithmeticError, MemoryError, struct.error)):
+        if isinstance(
+            error, (_pyav().error.FFmpegError, ValueError, OSError, ArithmeticError, MemoryError, struct.error)
+        ):
             raise MediaError(
                 f"{self.label}: the video is damaged, truncated or of an unsupported kind; use MP4, MOV, MKV, WebM, AVI or GIF"
             ) from error
@@ -262,14 +276,17 @@ class _Video:
         """Opens the container at its start. Raises MediaError if no video is in it."""
         max_pixels = {"max_pixels": str(self.limits.max_pixels_per_frame)}  # decoders themselves refuse larger frames
         self._file.seek(0)
-        self._container: av.container.InputContainer = av.open(
+        pyav = _pyav()
+        # How text that is no UTF-8 is passed over; PyAV 19 needs not be told, and takes no such word.
+        lenient = {"metadata_errors": "ignore"} if int(pyav.__version__.split(".")[0]) < 19 else {}
+        self._container: av.container.InputContainer = pyav.open(
             self._file,
             mode="r",
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none", **max_pixels},
-            **_LENIENT,
+            **lenient,
         )
         for stream in self._container.streams.video:
-            is_cover_art = stream.disposition & av.stream.Disposition.attached_pic
+            is_cover_art = stream.disposition & pyav.stream.Disposition.attached_pic
             if not is_cover_art and stream.codec_context is not None:  # None: a codec unknown here
                 stream.thread_type = "AUTO"
                 stream.codec_context.options = max_pixels
@@ -300,7 +317,7 @@ class _Video:
         if stream.duration is not None and stream.time_base is not None:
             self._check_duration(float(stream.duration * stream.time_base))
         elif self._container.duration is not None:
-            self._check_duration(self._container.duration / av.time_base)
+            self._check_duration(self._container.duration / _pyav().time_base)
         self._check_count(stream.frames)
 
     def _check_duration(self, duration_s: float) -> None:
@@ -401,7 +418,7 @@ class _Video:
                     self._container.seek(key, stream=self._stream)
                     frames = self._indexed(self._decoded(), start)
                 found = next((frame for index, frame in frames if index >= target), None)
-            except av.error.FFmpegError:
+            except _pyav().error.FFmpegError:
                 return
             if found is None or found.pts != self._pts[target]:
                 return
@@ -424,7 +441,7 @@ class _Video:
         for packet in self._container.demux(self._stream):
             try:
                 decoded = packet.decode()
-            except av.error.InvalidDataError:
+            except _pyav().error.InvalidDataError:
                 if has_begun:
                     raise
                 continue

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -354,3 +356,23 @@ def test_seconds_reach_the_receipt_as_floats(make_video: Make, config: ModelConf
     ).receipt
     assert receipt.second_per_grid == pytest.approx(2 * 3.3 / len(receipt.frame_indices), rel=0.04)
     assert not math.isclose(receipt.second_per_grid, round(receipt.second_per_grid))
+
+
+def test_without_pyav_pictures_and_frames_are_served_and_a_video_says_what_is_missing() -> None:
+    """And without psutil: a machine that was lent with a card has what the card needs, and little else."""
+    program = """
+import sys
+sys.modules["av"] = sys.modules["psutil"] = None
+import numpy as np
+import saccade, saccade.bench.measure
+from saccade.inputs.media import MediaLimits, MediaOptions
+from saccade.inputs.video import sample_frames
+try:
+    sample_frames(bytes(64), MediaOptions(), MediaLimits(), None)
+except saccade.SaccadeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert "pip install av" in done.stdout, done.stderr

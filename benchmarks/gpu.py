@@ -112,8 +112,8 @@ def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, i
         ("attention_varlen", lambda: _varlen(kernels, randn)),
         ("attention_paged, prefill", lambda: _paged(kernels, randn, (40,), (90,))),
         ("attention_paged, decode", lambda: _paged(kernels, randn, (1, 1, 1), (700, 33, 5))),
-        ("sampling, likeliest", lambda: _sampled(randn, temperature=0.0)),
-        ("sampling, drawn", lambda: _sampled(randn, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)),
+        ("sampling, likeliest", lambda: _sampled(kernels, randn, temperature=0.0)),
+        ("sampling, drawn", lambda: _sampled(kernels, randn, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)),
         ("tokens chosen on the card, greedy", lambda: _answers(device, temperature=0.0, repetition_penalty=1.05)),
         ("tokens chosen on the card, drawn", lambda: _answers(device, temperature=0.7, top_p=0.9, seed=1)),
     ]
@@ -174,7 +174,7 @@ def _paged(
     return got, reference.attention_paged(q.float(), k.float(), v.float(), layout, 128**-0.5)
 
 
-def _sampled(randn: Callable[..., Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+def _sampled(kernels: Kernels, randn: Callable[..., Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """Four tokens of four answers, with penalties; of equal logits the first is meant, so none may differ."""
     vocab_size, num_rows = 151_936, 4
     options |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1, "min_tokens": 2}
@@ -187,7 +187,7 @@ def _sampled(randn: Callable[..., Tensor], **options: Any) -> tuple[Tensor, Tens
     ]
     there, here = samplers[:num_rows], samplers[num_rows:]
     logits = [4 * randn(num_rows, vocab_size) for _ in range(4)]
-    rows = DeviceSampler(num_rows, vocab_size, logits[0].device)
+    rows = DeviceSampler(num_rows, vocab_size, logits[0].device, kernels.likeliest)
     rows.begin(there)
     for num_said, step in enumerate(logits):
         numbers = torch.tensor([sampler.next_number() for sampler in there], dtype=torch.float64)

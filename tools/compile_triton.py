@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from saccade.kernels import triton_attention, triton_cuts, triton_heads, triton_linear, triton_rows
-from saccade.kernels.record import PagedLayout, Segments
+from saccade.kernels import triton_attention, triton_cuts, triton_heads, triton_linear, triton_rows, triton_sampling
+from saccade.kernels.record import PagedLayout, Said, Segments
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight
 
@@ -122,6 +122,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
                 f"attention_paged {name}",
                 lambda q=q, cache=cache, layout=layout: triton_attention.attention_paged(q, cache, cache, layout, 0.1),
             )
+    flags, counts, column = (
+        zeros(2, 5000, of=torch.bool),
+        zeros(2, 5000, of=torch.float32),
+        zeros(2, 1, of=torch.float32),
+    )
+    said = Said(flags, counts, flags, column, column, column)
+    yield "likeliest", lambda: triton_sampling.likeliest(zeros(2, 5000), said, flags[:, 0].contiguous())
     for name in LINEARS:
         weight = _weight(name)
         for rows in (1, 40, 300):  # of each a tile of its own

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saccade.engine.sampling import Sampler
+from saccade.kernels.record import NOT_FINITE, Likeliest, Said
 
-NOT_FINITE = -1  # in place of a token whose logits were no numbers
 TILE = 16  # rows whose words are sorted at once, which takes some 100 bytes a word
 
 
@@ -31,7 +31,11 @@ class Draw(NamedTuple):
 class DeviceSampler:
     """What sampling knows of B answers: their options, and which ids were said."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, vocab_size: int, device: torch.device, likeliest: Likeliest | None = None
+    ) -> None:
+        """`likeliest`: what chooses where all rows are greedy; None: operations on tensors."""
+
         def words(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_rows, vocab_size, dtype=dtype, device=device)
 
@@ -39,11 +43,16 @@ class DeviceSampler:
             return torch.full((num_rows, 1), value, dtype=dtype, device=device)
 
         self.vocab_size = vocab_size
-        self.is_seen = words(torch.bool)  # in the prompt or the answer
-        self.counts = words(torch.float32)  # in the answer
-        self.is_ender = words(torch.bool)
-        self.penalty, self.temperature = options(1.0, torch.float32), options(1.0, torch.float32)
-        self.presence, self.frequency = options(0.0, torch.float32), options(0.0, torch.float32)
+        self.likeliest = likeliest
+        self.said = Said(
+            is_seen=words(torch.bool),
+            counts=words(torch.float32),
+            is_ender=words(torch.bool),
+            penalty=options(1.0, torch.float32),
+            presence=options(0.0, torch.float32),
+            frequency=options(0.0, torch.float32),
+        )
+        self.temperature = options(1.0, torch.float32)
         self.top_k = options(vocab_size, torch.int64)
         self.dropped = options(0.0, torch.float64)  # 1 - top_p
         self.min_p = options(0.0, torch.float64)
@@ -53,9 +62,9 @@ class DeviceSampler:
         """Takes over one answer for each row from the host. Waits for the device."""
         params = [sampler.params for sampler in samplers]
         columns: list[tuple[Tensor, list[float]]] = [
-            (self.penalty, [sampler.penalty for sampler in samplers]),
-            (self.presence, [each.presence_penalty for each in params]),
-            (self.frequency, [each.frequency_penalty for each in params]),
+            (self.said.penalty, [sampler.penalty for sampler in samplers]),
+            (self.said.presence, [each.presence_penalty for each in params]),
+            (self.said.frequency, [each.frequency_penalty for each in params]),
             (self.temperature, [1.0 if each.is_greedy else each.temperature or 1.0 for each in params]),
             (self.dropped, [0.0 if each.top_p is None else 1.0 - each.top_p for each in params]),
             (self.min_p, [each.min_p or 0.0 for each in params]),
@@ -66,9 +75,9 @@ class DeviceSampler:
         self.is_greedy.copy_(torch.tensor([each.is_greedy for each in params]))
         counted = [torch.tensor(list(sampler.counts), dtype=torch.int64) for sampler in samplers]
         counts = torch.tensor([n for sampler in samplers for n in sampler.counts.values()], dtype=torch.float32)
-        _mark(self.is_seen, [sampler.seen_ids for sampler in samplers], torch.tensor(True))
-        _mark(self.is_ender, [sampler.enders for sampler in samplers], torch.tensor(True))
-        _mark(self.counts, counted, counts)
+        _mark(self.said.is_seen, [sampler.seen_ids for sampler in samplers], torch.tensor(True))
+        _mark(self.said.is_ender, [sampler.enders for sampler in samplers], torch.tensor(True))
+        _mark(self.said.counts, counted, counts)
 
     def next_tokens(self, logits: Tensor, numbers: Tensor, may_end: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
         """logits: [B, V] in any float type; numbers: [B] float64, each Sampler.next_number(); may_end: [B] bool, whether min_tokens
@@ -76,24 +85,27 @@ class DeviceSampler:
 
         Returns them, [B] int64, within the vocabulary whatever the logits; and the same with NOT_FINITE where logits are no numbers.
         """
+        if self.likeliest is not None and not draws:
+            return self.likeliest(logits, self.said, may_end)
         logits = logits.float()
         low, high = logits.aminmax(dim=-1)  # both NaN where one is
         is_finite = (low > -torch.inf) & (high < torch.inf)
-        scores = self._penalized(logits).masked_fill(self.is_ender & ~may_end[:, None], -torch.inf)
+        scores = self._penalized(logits).masked_fill(self.said.is_ender & ~may_end[:, None], -torch.inf)
         token_ids = scores.argmax(-1)
         if draws:
             tiles = [slice(first, first + TILE) for first in range(0, len(scores), TILE)]
             drawn = torch.cat([self._draw(scores[rows], numbers[rows], rows) for rows in tiles])
             token_ids = torch.where(self.is_greedy, token_ids, drawn)
-        self.is_seen.scatter_(1, token_ids[:, None], True)
-        self.counts.scatter_add_(1, token_ids[:, None], torch.ones_like(token_ids[:, None], dtype=torch.float32))
+        self.said.is_seen.scatter_(1, token_ids[:, None], True)
+        self.said.counts.scatter_add_(1, token_ids[:, None], torch.ones_like(token_ids[:, None], dtype=torch.float32))
         return token_ids, token_ids.masked_fill(~is_finite, NOT_FINITE)
 
     def _penalized(self, logits: Tensor) -> Tensor:
-        repeated = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        logits = torch.where(self.is_seen, repeated, logits)
-        said = logits - (self.presence + self.frequency * self.counts)
-        return torch.where(self.counts > 0, said, logits)
+        said = self.said
+        repeated = torch.where(logits < 0, logits * said.penalty, logits / said.penalty)
+        logits = torch.where(said.is_seen, repeated, logits)
+        lowered = logits - (said.presence + said.frequency * said.counts)
+        return torch.where(said.counts > 0, lowered, logits)
 
     def _draw(self, scores: Tensor, numbers: Tensor, rows: slice) -> Tensor:
         """Of `rows`: temperature, top-k, top-p, min-p, then the first token whose sum of weights passes its number's share of them."""

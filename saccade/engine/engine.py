@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.base.errors import OptionError, PromptError
 from saccade.engine.batch import Batch, pack
-from saccade.engine.device_sampling import NOT_FINITE, Draw
+from saccade.engine.device_sampling import Draw
 from saccade.engine.lookup import Lookup
 from saccade.engine.options import SamplingParams
 from saccade.engine.request import Request
@@ -21,6 +21,7 @@ from saccade.engine.sampling import Sampler, is_finite, top_logprobs
 from saccade.engine.scheduler import Chunk, Scheduler
 from saccade.inputs.chat import ChatTokenizer
 from saccade.inputs.prompt import Prompt
+from saccade.kernels.record import NOT_FINITE
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from saccade.base.meter import logger
 from saccade.engine.batch import Batch
 from saccade.engine.device_sampling import DeviceSampler, Draw
 from saccade.engine.sampling import Sampler
-from saccade.kernels.record import PagedLayout
+from saccade.kernels.record import Likeliest, PagedLayout
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows; larger batches are launched one by one, which their longer kernels hide
 NARROWEST_TABLE = 16  # blocks; tables grow by doubling, and with them the number of parts attention is split into
@@ -104,10 +104,10 @@ class Lane:
 class Seats:
     """The tokens of B rows that are computed next, and what sampling knows of the rows; shared by all recordings of B rows."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, likeliest: Likeliest | None) -> None:
         self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.origins = torch.zeros_like(self.token_ids)  # the row each is a copy of, itself or the first
-        self.sampler = DeviceSampler(num_rows, vocab_size, device)
+        self.sampler = DeviceSampler(num_rows, vocab_size, device, likeliest)
 
     def begin(self, samplers: Sequence[Sampler]) -> None:
         rows = [*range(len(samplers)), *[0] * (len(self.origins) - len(samplers))]
@@ -129,13 +129,22 @@ class Recording:
 class DecodeGraphs:
     """Recordings by (their outcome, number of rows, width of the block tables)."""
 
-    def __init__(self, compute: Compute, head: Head | None, vocab_size: int, block_size: int, card: Card) -> None:
-        """`head`: None where tokens are to be chosen elsewhere."""
+    def __init__(
+        self,
+        compute: Compute,
+        head: Head | None,
+        vocab_size: int,
+        block_size: int,
+        card: Card,
+        likeliest: Likeliest | None = None,
+    ) -> None:
+        """`head`: None where tokens are to be chosen elsewhere. `likeliest`: see DeviceSampler."""
         self.compute = compute
         self.head = head
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.card = card
+        self.likeliest = likeliest
         self.recordings: dict[tuple[What, int, int], Recording] = {}
         self.failure: str | None = None  # why there will be no more
         self._seats: dict[int, Seats] = {}
@@ -239,7 +248,7 @@ class DecodeGraphs:
             return lambda: self.compute(inputs.token_ids, inputs.positions, layout)
         assert self.head is not None, "tokens are chosen elsewhere"
         if size not in self._seats:
-            self._seats[size] = Seats(size, self.vocab_size, self.card.device)
+            self._seats[size] = Seats(size, self.vocab_size, self.card.device, self.likeliest)
         head, seats = self.head, self._seats[size]
 
         def step() -> Tensor:
@@ -247,7 +256,7 @@ class DecodeGraphs:
             token_ids, told = seats.sampler.next_tokens(
                 head(hidden), inputs.numbers, inputs.may_end, draws=what == "drawn tokens"
             )
-            seats.token_ids.copy_(token_ids[seats.origins])
+            torch.index_select(token_ids, 0, seats.origins, out=seats.token_ids)
             return told
 
         return step

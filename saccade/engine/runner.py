@@ -148,7 +148,8 @@ class Runner:
             # Ranks would have to be told of steps before they are taken.
             head = model.head if model.ranks.is_alone else None
             vocab_size = model.config.text.vocab_size
-            self.graphs = DecodeGraphs(self.compute, head, vocab_size, block_size, Cuda(model.device))
+            card, likeliest = Cuda(model.device), model.kernels.likeliest
+            self.graphs = DecodeGraphs(self.compute, head, vocab_size, block_size, card, likeliest)
         self.encoder_cache = EncoderCache(encoder_cache_bytes)
         self.num_encoded = 0  # media that went through the tower
 

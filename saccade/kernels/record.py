@@ -17,6 +17,7 @@ from torch import Tensor
 from saccade.schemes.scheme import Weight
 
 KV_SCALE_BYTES = 4  # of a token and head in an int8 cache, behind its values
+NOT_FINITE = -1  # in place of a token whose logits were no numbers
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,33 @@ class PlanDecoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the choice of B answers' next tokens depends on beside logits; it grows with every token."""
+
+    is_seen: Tensor  # [B, V] bool, in the prompt or the answer
+    counts: Tensor  # [B, V] float32, in the answer
+    is_ender: Tensor  # [B, V] bool, ends the answer
+    penalty: Tensor  # [B, 1] float32 as are the others: of repetition
+    presence: Tensor
+    frequency: Tensor
+
+
+class Likeliest(Protocol):
+    def __call__(self, logits: Tensor, said: Said, may_end: Tensor) -> tuple[Tensor, Tensor]:
+        """logits: [B, V] in any float type; may_end: [B] bool. The likeliest tokens after penalties, of equals the first, no ender
+        where the answer may not end; they count as said.
+
+        Returns them, [B] int64, within the vocabulary whatever the logits; and the same with NOT_FINITE where a logit is no number.
+        """
+
+
+@dataclass(frozen=True)
 class Kernels:
     """Every op of the model; `sources` says which back end each comes from.
 
     `plan_decoder`: where a back end has all ops of the decoder, a step of it as one call; without Python between the ops. A
     row's bits depend on no other row of the step there, as far as `alike_rows` of its weights says.
+    `likeliest`: the choice of greedy answers' tokens, where a back end has it whole; to the bit what operations on tensors give.
     """
 
     linear: Linear
@@ -180,6 +203,7 @@ class Kernels:
     sources: Mapping[str, str] = field(default_factory=dict)
     plan_decoder: PlanDecoder | None = None
     alike_rows: AlikeRows | None = None
+    likeliest: Likeliest | None = None
 
 
-OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("sources", "plan_decoder", "alike_rows"))
+OPS = tuple(f.name for f in fields(Kernels) if f.name not in ("sources", "plan_decoder", "alike_rows", "likeliest"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saccade.kernels import triton_attention, triton_decoder, triton_heads, triton_linear, triton_rows
+from saccade.kernels import triton_attention, triton_decoder, triton_heads, triton_linear, triton_rows, triton_sampling
 from saccade.kernels.record import OPS, Kernels
 
 
@@ -17,4 +17,5 @@ def kernels() -> Kernels:
         attention_paged=triton_attention.attention_paged,
         sources=dict.fromkeys(OPS, "triton"),
         plan_decoder=triton_decoder.plan_decoder,
+        likeliest=triton_sampling.likeliest,
     )

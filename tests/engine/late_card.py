@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade import LLM
 from saccade.engine.graphs import DecodeGraphs
-from saccade.kernels.record import PagedLayout
+from saccade.kernels.record import Likeliest, PagedLayout
 
 
 class LateCard:
@@ -69,12 +69,12 @@ class LateCard:
         self.queue.append(what)
 
 
-def put_on(llm: LLM, card: LateCard, *, chooses: bool = True) -> LLM:
+def put_on(llm: LLM, card: LateCard, *, chooses: bool = True, likeliest: Likeliest | None = None) -> LLM:
     """The model's decoding recorded on the card, its tokens chosen there or not."""
     runner = llm.engine.runner
     head = runner.model.head if chooses else None
     vocab_size, block_size = runner.model.config.text.vocab_size, llm.engine.scheduler.pool.block_size
-    runner.graphs = graphs = DecodeGraphs(runner.compute, head, vocab_size, block_size, card)
+    runner.graphs = graphs = DecodeGraphs(runner.compute, head, vocab_size, block_size, card, likeliest)
     run = graphs.run
 
     def run_now(batch: Any) -> Tensor:

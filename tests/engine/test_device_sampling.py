@@ -13,11 +13,27 @@ from torch import Tensor
 
 from saccade import SamplingParams
 from saccade.checkpoints.config import GenerationConfig
-from saccade.engine.device_sampling import NOT_FINITE, DeviceSampler
+from saccade.engine.device_sampling import DeviceSampler
 from saccade.engine.sampling import Sampler
+from saccade.kernels.choose import choose, lack_of
+from saccade.kernels.record import NOT_FINITE, OPS, Likeliest
 
 VOCAB = 700
 CPU = torch.device("cpu")
+HAS_TRITON = lack_of("triton", CPU) is None
+
+
+@pytest.fixture(params=["operations on tensors", "launches of our own"])
+def likeliest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Likeliest | None:
+    """How the tokens of greedy rows are chosen."""
+    if request.param == "operations on tensors":
+        return None
+    if not HAS_TRITON:
+        pytest.skip(str(lack_of("triton", CPU)))
+    from saccade.kernels import triton_sampling
+
+    monkeypatch.setattr(triton_sampling, "PART", 128)  # six parts, the last of them smaller
+    return choose(CPU, dict.fromkeys(OPS, "triton")).likeliest
 
 
 def samplers_of(seed: int, count: int, **options: object) -> list[Sampler]:
@@ -74,10 +90,28 @@ def test_every_row_says_what_it_says_on_the_host(seed: int) -> None:
         assert token_ids == told == expected
 
 
-def test_rows_that_begin_anew_know_nothing_of_those_before_them() -> None:
-    rows = DeviceSampler(3, VOCAB, CPU)
-    for seed in range(4):
-        host, there = samplers_of(seed, 3), samplers_of(seed, 3)
+@pytest.mark.skipif(not HAS_TRITON, reason=str(lack_of("triton", CPU)))
+@pytest.mark.parametrize("seed", range(12))
+def test_two_launches_choose_and_note_what_operations_on_tensors_do(seed: int, likeliest: Likeliest | None) -> None:
+    """To the bit: whole tiles of equal scores, zeros of both signs, penalties that make unequal logits equal."""
+    count = [1, 2, 5][seed % 3]
+    host, there = (samplers_of(seed, count, temperature=0.0) for _ in range(2))
+    plain, rows = DeviceSampler(count, VOCAB, CPU), DeviceSampler(count, VOCAB, CPU, likeliest)
+    plain.begin(host)
+    rows.begin(there)
+    for num_said in range(12):
+        logits = logits_of(100 * seed + num_said, count, [0.02, 1.0, 4.0][num_said % 3])
+        logits = [logits, logits.float(), logits.round() * 0.0, logits.round()][num_said % 4]
+        assert step(rows, there, logits, num_said) == step(plain, host, logits, num_said)
+        assert torch.equal(rows.said.is_seen, plain.said.is_seen)
+        assert torch.equal(rows.said.counts, plain.said.counts)
+
+
+def test_rows_that_begin_anew_know_nothing_of_those_before_them(likeliest: Likeliest | None) -> None:
+    rows = DeviceSampler(3, VOCAB, CPU, likeliest)
+    for seed in range(8):
+        options = {"temperature": 0.0} if seed % 2 else {}
+        host, there = samplers_of(seed, 3, **options), samplers_of(seed, 3, **options)
         rows.begin(there)
         for num_said in range(4):
             logits = logits_of(seed, 3, 2.0)
@@ -87,9 +121,11 @@ def test_rows_that_begin_anew_know_nothing_of_those_before_them() -> None:
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_told_and_harm_no_other_row(fault: float, temperature: float) -> None:
+def test_logits_that_are_no_numbers_are_told_and_harm_no_other_row(
+    fault: float, temperature: float, likeliest: Likeliest | None
+) -> None:
     host, there = (samplers_of(3, 3, temperature=temperature) for _ in range(2))
-    rows = DeviceSampler(3, VOCAB, CPU)
+    rows = DeviceSampler(3, VOCAB, CPU, likeliest)
     rows.begin(there)
     for num_said in range(3):
         logits = logits_of(num_said, 3, 1.0)
@@ -100,8 +136,8 @@ def test_logits_that_are_no_numbers_are_told_and_harm_no_other_row(fault: float,
         assert all(0 <= token_id < VOCAB for token_id in token_ids), "the next step looks it up"
 
 
-def test_large_logits_are_numbers() -> None:
-    rows = DeviceSampler(1, VOCAB, CPU)
+def test_large_logits_are_numbers(likeliest: Likeliest | None) -> None:
+    rows = DeviceSampler(1, VOCAB, CPU, likeliest)
     samplers = samplers_of(0, 1, temperature=0.0)
     rows.begin(samplers)
     assert step(rows, samplers, torch.full((1, VOCAB), 3e38), 0)[1] != [NOT_FINITE]
@@ -117,3 +153,13 @@ def test_no_number_is_read_back(draws: bool) -> None:
     assert token_ids.shape == told.shape == (4,)
     with pytest.raises(NotImplementedError):
         told.nonzero()
+
+
+def test_of_rows_without_any_number_the_token_is_still_a_word(likeliest: Likeliest | None) -> None:
+    rows = DeviceSampler(2, VOCAB, CPU, likeliest)
+    there = samplers_of(0, 2, temperature=0.0)
+    rows.begin(there)
+    for fill in (torch.nan, -torch.inf, torch.inf):
+        token_ids, told = step(rows, there, torch.full((2, VOCAB), fill), 0)
+        assert all(0 <= token_id < VOCAB for token_id in token_ids)
+        assert told == [NOT_FINITE] * 2

@@ -1,6 +1,6 @@
 """Recorded decoding, on a card that computes anew at every replay, late, into the recording's own output.
 
-Attention is Triton's, interpreted: it alone takes contexts from the buffer that a recording reads.
+Attention is Triton's, interpreted: it alone takes contexts from the buffer that a recording reads. So is the choice of the token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from saccade import LLM, SamplingParams
-from saccade.kernels.choose import lack_of
+from saccade.kernels.choose import choose, lack_of
+from saccade.kernels.record import OPS
 from tests.engine.late_card import LateCard, put_on
 
 TEXTS = ("Say hello.", "Count to five, please.", "Describe the picture that I have not shown you.")
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def open_recorded(card: LateCard, *, chooses: bool) -> LLM:
-    return put_on(LLM("demo", kernels={"attention_paged": "triton"}, **OPTIONS), card, chooses=chooses)
+    likeliest = choose(torch.device("cpu"), dict.fromkeys(OPS, "triton")).likeliest
+    llm = LLM("demo", kernels={"attention_paged": "triton"}, **OPTIONS)
+    return put_on(llm, card, chooses=chooses, likeliest=likeliest)
 
 
 def answers(llm: LLM, texts: tuple[str, ...]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from saccade.engine.graphs import DecodeGraphs
 from saccade.engine.runner import Runner
 from saccade.engine.sampling import Sampler
 from saccade.engine.scheduler import Chunk
+from saccade.kernels import triton_sampling
 from saccade.kernels.choose import lack_of
 from saccade.kernels.record import OPS, PagedLayout
 from saccade.model.layers import Embedding, Linear, Norm
@@ -65,7 +66,8 @@ def test_a_recording_stays_on_the_device_and_what_it_reads_stays_there(
 ) -> None:
     card, runner = StrictCard(), llm_on_card(tiny_checkpoint, scheme, swapped, cache).engine.runner
     model = runner.model
-    graphs = DecodeGraphs(runner.compute, model.head, model.config.text.vocab_size, BLOCK_SIZE, card)
+    likeliest, vocab_size = triton_sampling.likeliest, model.config.text.vocab_size
+    graphs = DecodeGraphs(runner.compute, model.head, vocab_size, BLOCK_SIZE, card, likeliest)
     with launches_noted(monkeypatch, card):
         for num_rows in (1, 3, 20):  # alone, filled up, and beyond what is few rows
             batch = batch_of(num_rows)

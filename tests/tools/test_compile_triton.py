@@ -20,6 +20,7 @@ SOME = (
     "fp8, 1 rows",
     "w4a8-g128, 1 rows",
     "w8a8, 40 rows",
+    "likeliest",
 )
 KERNELS = {
     "rms_norm",
@@ -32,6 +33,8 @@ KERNELS = {
     "quantize_rows",
     "matmul",
     "add_parts",
+    "best_of_parts",
+    "choose",
 }
 
 

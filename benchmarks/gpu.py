@@ -1,14 +1,15 @@
 """One command that says how fast an NVIDIA GPU runs the reference benchmark, and how far that is from what the card allows.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json          # a card, meant to take under ten minutes
-    python benchmarks/gpu.py --out cells.json --only machine cells      # some of its parts: kernels, machine, cells, transformers
+    python benchmarks/gpu.py --out cells.json --only machine cells      # some of its parts, see PARTS
     python benchmarks/gpu.py --tiny --out /tmp/tiny.json                # a CPU, interpreted: that every part runs
 
 1. Every kernel and sampling against the reference, on the card; answers whose tokens are chosen there, steps queued ahead, against
-the same chosen on the host.  2. Copy bandwidth and matrix rates, measured there.  3. Cells: 3B and 7B with random weights of real
-shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization; and one with tokens chosen on the
-host, for what the card's choice is worth.  4. The 3B picture by transformers on the same weights: sdpa, and sdpa with a static
-cache and torch.compile, if there is time; its best counts.
+the same chosen on the host.  2. The tile of each product of one row, dense and w8a16, that is fastest on this card; kept for all cards
+of its name (saccade/kernels/tuned), and what cells run with.  3. Copy bandwidth and matrix rates, measured there.  4. Cells: 3B and 7B
+with random weights of real shape, a picture (997 prompt tokens) and a video (2725), 128 tokens out, batch 1, by quantization; and one
+with tokens chosen on the host, for what the card's choice is worth.  5. The 3B picture by transformers on the same weights: sdpa, and
+sdpa with a static cache and torch.compile, if there is time; its best counts.
 A cell that fails is written with its error; the others go on. The JSON is written anew after every part and cell, each part's
 seconds with it. Times of a card that --tiny prints are times of an interpreter.
 """
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,19 @@ from saccade.bench.options import BenchOptions  # noqa: E402
 from saccade.checkpoints.config import GenerationConfig  # noqa: E402
 from saccade.engine.device_sampling import DeviceSampler  # noqa: E402
 from saccade.engine.sampling import Sampler  # noqa: E402
-from saccade.kernels import reference  # noqa: E402
+from saccade.kernels import reference, triton_cuts  # noqa: E402
 from saccade.kernels.choose import choose  # noqa: E402
 from saccade.kernels.record import OPS, Kernels, PagedLayout, Segments  # noqa: E402
+from saccade.kernels.triton_cuts import key_of, write  # noqa: E402
 from saccade.kernels.triton_linear import gated_rows  # noqa: E402
 from saccade.kernels.triton_rows import rows_for  # noqa: E402
 from saccade.schemes.affine import quantize_weight  # noqa: E402
 from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight  # noqa: E402
+from tools.tune_triton import HEADS, SHAPES, one_row_cuts, random_weight, tune  # noqa: E402
 
 BUDGET_S = 420.0  # cells that would begin later are left out, and said to be
 COMPILE_BEGINS_S = 480.0  # as is torch.compile, which takes minutes
-PARTS = ("kernels", "machine", "cells", "transformers")
+PARTS = ("kernels", "tuning", "machine", "cells", "transformers")
 QUANTIZATIONS = (None, "w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128", "fp8")
 
 
@@ -83,14 +87,21 @@ def validate(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, i
         return kernels.linear(x, weight), reference.linear(x.float(), weight.to(device, torch.float32))
 
     def of_gate(name: str, rows: int, columns: int, outputs: int) -> tuple[Tensor, Tensor]:
-        x, gate_up = randn(rows, columns), quantize_weight(Weight(randn(2 * outputs, columns) * 0.05), SCHEMES[name])
+        x, gate_up = randn(rows, columns), Weight(randn(2 * outputs, columns) * 0.05)
+        gate_up = gate_up if name == "dense" else quantize_weight(gate_up, SCHEMES[name])
         got = gated_rows(rows_for(x, gate_up), gate_up, Weight(randn(16, outputs)), dtype).values
         return got, reference.silu_mul(reference.linear(x.float(), gate_up.to(device, torch.float32)))
 
     for index, (columns, outputs) in enumerate(shapes):
-        for name in ("w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128"):
-            label = f"gate {name}, 3 x {columns} -> {outputs}"
-            checks.append((label, lambda n=name, c=columns, o=outputs: of_gate(n, 3, c, o)))
+        for name, rows in (
+            ("dense", 1),
+            ("w8a16", 1),
+            *((n, 3) for n in ("w8a16", "w4a16-g128", "w8a8-dynamic", "w4a8-g128")),
+        ):
+            label = f"gate {name}, {rows} x {columns} -> {outputs}"
+            checks.append((label, lambda n=name, r=rows, c=columns, o=outputs: of_gate(n, r, c, o)))
+        label = f"linear dense, 1 x {columns} -> {outputs}"
+        checks.append((label, lambda c=columns, o=outputs: of_linear("dense", 1, c, o)))
         # Each number of rows has kernels of its own to compile, a second each; another shape has few.
         for rows in (1, 5, 16, 40, 200) if index < 2 else (1, 40):
             for name in (
@@ -220,6 +231,29 @@ def _answers(device: torch.device, **options: Any) -> tuple[Tensor, Tensor]:
         outputs = llm.chat([messages_for(f"Say {word}.") for word in ("one", "two", "three", "four")], params)
         told.append(torch.tensor([output.outputs[0].token_ids for output in outputs]))
     return _differing(*told)
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tune_one_row(device: torch.device) -> dict[str, Any]:
+    """By product: the fastest cut (None: cuBLAS), its seconds and those of the default. Kept, unless TINY."""
+    found: dict[str, Any] = {}
+    for size, name in combinations(("tiny",) if TINY else ("3b", "7b"), ("dense", "w8a16")):
+        for columns, outputs in (*SHAPES[size], *((HEADS[size],) if name == "dense" else ())):
+            weight = random_weight(SCHEMES[name], columns, outputs, device)
+            key = key_of(1, weight)
+            try:
+                cut, took, default = tune(1, weight, device, one_row_cuts(weight))
+            except Exception as problem:  # the default serves
+                found[key] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+                continue
+            found[key] = {"cut": cut and dataclasses.astuple(cut), "seconds": took, "default_seconds": default}
+            print(f"{key}: {weight.size_bytes / took / 1e12:.2f} TB/s, {default / took:.2f} x the default", flush=True)
+            if not TINY:
+                write(torch.cuda.get_device_name(device), {key: cut})
+    triton_cuts._table.cache_clear()
+    return found
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -388,6 +422,10 @@ def main() -> None:
         for check in wrong:
             print(f"  WRONG {check['op']}: {check.get('problem') or check['error']}", flush=True)
         ends("kernels")
+    if "tuning" in arguments.only:
+        report["tuning"] = tune_one_row(device)
+        ends("tuning")
+        free(device)
     if "machine" in arguments.only or "cells" in arguments.only:
         machine = measure_machine(device, dtype, **({"buffer_bytes": 1 << 22, "matrices": (128,)} if TINY else {}))
         report["machine"] = dataclasses.asdict(machine)

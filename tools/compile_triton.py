@@ -33,7 +33,7 @@ from saccade.schemes.scheme import SCHEMES, W8A8, Static, Weight
 # Shared memory a program may have, in KiB (CUDA C++ Programming Guide, table of technical specifications), by compute capability.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = 132
-LINEARS = ("w8a16", "w8a8", "w8a8-dynamic", "w4a8-g32", "w4a8-g128", "w4a8-g256", "w4a16-g32", "w4a16-g128",
+LINEARS = ("dense", "w8a16", "w8a8", "w8a8-dynamic", "w4a8-g32", "w4a8-g128", "w4a8-g256", "w4a16-g32", "w4a16-g128",
            "w4a16-asym-g128", "w4a8-float-g64", "fp8")  # fmt: skip
 
 
@@ -131,21 +131,21 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "likeliest", lambda: triton_sampling.likeliest(zeros(2, 5000), said, flags[:, 0].contiguous())
     for name in LINEARS:
         weight = _weight(name)
-        for rows in (1, 40, 300):  # of each a tile of its own
-            yield (
-                f"linear {name}, {rows} rows",
-                lambda weight=weight, rows=rows: triton_linear.linear(zeros(rows, 1280), weight),
-            )
-
-            if name == "fp8" or rows > triton_cuts.FEW_ROWS:
-                continue
+        few = (1, 4) if triton_cuts.has_one_row_kernel(weight) else (1,)
+        for rows in (*few, 40, 300):  # of each a tile of its own
+            if name != "dense" or rows == 1:  # more of them are cuBLAS's
+                yield (
+                    f"linear {name}, {rows} rows",
+                    lambda weight=weight, rows=rows: triton_linear.linear(zeros(rows, 1280), weight),
+                )
+        for rows in () if name == "fp8" else few[:1] if name == "dense" else few:
             for down in (_weight("w8a16"), _weight("w8a8")):  # the gate's numbers as they are, and quantized
                 for columns in (1280, 8192):  # the latter split
                     gate = _weight(name, columns)
                     yield (
-                        f"gate {name}, {columns} columns, for {down.scheme.name}",
-                        lambda gate=gate, down=down, columns=columns: triton_linear.gated_rows(
-                            triton_rows.rows_for(zeros(1, columns), gate), gate, down, dtype
+                        f"gate {name}, {rows} x {columns}, for {down.scheme.name}",
+                        lambda gate=gate, down=down, rows=rows, columns=columns: triton_linear.gated_rows(
+                            triton_rows.rows_for(zeros(rows, columns), gate), gate, down, dtype
                         ),
                     )
 
@@ -157,7 +157,8 @@ def _weight(name: str, columns: int = 1280) -> Weight:
         static = Static(ones[:1], ones[:1], ones.int(), ones)
         return Weight(torch.zeros(256, columns, dtype=torch.int8), ones, None, W8A8, static=static)
     bias = torch.zeros(256, dtype=torch.bfloat16)
-    return quantize_weight(Weight(torch.zeros(256, columns, dtype=torch.bfloat16), bias=bias), SCHEMES[name])
+    weight = Weight(torch.zeros(256, columns, dtype=torch.bfloat16), bias=bias)
+    return weight if name == "dense" else quantize_weight(weight, SCHEMES[name])
 
 
 def compile_all(capability: int, dtype: torch.dtype, only: Sequence[str]) -> bool:

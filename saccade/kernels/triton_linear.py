@@ -3,6 +3,8 @@
 One kernel multiplies for all schemes. The weight is the left operand: what it becomes on the way (a nibble widened, an
 integer made a float) stays in registers, and the few columns of a decoding batch fit the matrix unit's free dimension.
 With few rows the columns are split among programs, to keep enough bytes in flight, and a second kernel adds the parts.
+One row of weights that are dense or of 8 bits alone is multiplied without the matrix unit: a program goes through whole rows of the
+weight, so that nothing is left to add.
 Letters: T rows of x, O outputs, H columns, G columns in a group.
 """
 
@@ -17,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, dot, narrow, operand
-from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_of, tuned_cut
+from saccade.kernels.triton_common import FUSED, IS_INTERPRETED, ROUNDED_EACH, dot, narrow, operand
+from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_for
 from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.packing import RUN
@@ -60,6 +62,23 @@ def _store_gated(gate, up, y_at, inside, out_scale_ptr, out_zero_ptr, DTYPE: tl.
         tl.store(y_at, quantized(x, tl.load(out_scale_ptr), tl.load(out_zero_ptr)), mask=inside)
     else:
         tl.store(y_at, narrow(x, DTYPE), mask=inside)
+
+
+@triton.jit
+def _store(
+    y, y_ptr, o, t, T, O, tile, out_scale_ptr, out_zero_ptr,  # noqa: E741
+    GATED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """y: [BLOCK_O, BLOCK_T] float32, the tile's outputs o of rows t; GATED: as in _matmul."""
+    is_row = t < T
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_O // 2, 2, BLOCK_T]), [0, 2, 1]))
+        pair = tile * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
+        y_at = y_ptr + t.to(tl.int64)[None, :] * (O // 2) + pair[:, None]
+        _store_gated(gate, up, y_at, (pair < O // 2)[:, None] & is_row[None, :], out_scale_ptr, out_zero_ptr, DTYPE)
+    else:
+        y_at = y_ptr + t.to(tl.int64)[None, :] * O + o[:, None]
+        tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=(o < O)[:, None] & is_row[None, :])
 
 
 @triton.jit
@@ -129,19 +148,48 @@ def _matmul(
             acc = dot(operand(w, DOT), operand(x, DOT), acc)
     if IS_E4M3:
         acc *= 65536.0  # what from_e4m3 leaves out of both factors
-    inside = is_output[:, None] & is_row[None, :]
     if SPLITS == 1:
         y = _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
-        if GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_O // 2, 2, BLOCK_T]), [0, 2, 1]))
-            pair = tl.program_id(1) * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
-            y_at = y_ptr + t.to(tl.int64)[None, :] * (O // 2) + pair[:, None]
-            _store_gated(gate, up, y_at, (pair < O // 2)[:, None] & is_row[None, :], out_scale_ptr, out_zero_ptr, DTYPE)
-        else:
-            y_at = y_ptr + t.to(tl.int64)[None, :] * O + o[:, None]
-            tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=inside)
+        _store(y, y_ptr, o, t, T, O, tl.program_id(1), out_scale_ptr, out_zero_ptr, GATED, DTYPE, BLOCK_T, BLOCK_O)
     else:
+        inside = is_output[:, None] & is_row[None, :]
         tl.store(parts_ptr + (split * T + t).to(tl.int64)[None, :] * O + o[:, None], acc, mask=inside)
+
+
+@triton.jit
+def _wide(w):
+    """As float32. int8 by its bits, as what it adds to 2^23: a card converts a quarter as many numbers in a cycle as it adds."""
+    if w.dtype == tl.int8:
+        w = (((w.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    return w.to(tl.float32)
+
+
+@triton.jit
+def _one_row(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, out_scale_ptr, out_zero_ptr, O, H, w_stride,  # noqa: E741
+    GATED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """As in _matmul, of a single row. The next tile is asked for before this one is multiplied, so that bytes are always on the way."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_output = o < O
+    if GATED:
+        o = o // 2 + o % 2 * (O // 2)
+    w_row = w_ptr + o.to(tl.int64) * w_stride
+    column = tl.arange(0, BLOCK_H)
+    w_mask = is_output[:, None] & (column < H)[None, :]
+    w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0, eviction_policy="evict_first")
+    x = tl.load(x_ptr + column, mask=column < H, other=0.0)
+    acc = tl.zeros([BLOCK_O, BLOCK_H], dtype=tl.float32)
+    for start in range(BLOCK_H, H + BLOCK_H, BLOCK_H):
+        column = start + tl.arange(0, BLOCK_H)
+        w_mask = is_output[:, None] & (column < H)[None, :]
+        next_w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0, eviction_policy="evict_first")
+        next_x = tl.load(x_ptr + column, mask=column < H, other=0.0)
+        acc += _wide(w) * x.to(tl.float32)[None, :]
+        w, x = next_w, next_x
+    t = tl.arange(0, 1)
+    y = _scaled(tl.sum(acc, axis=1)[:, None], o, is_output, t, t < 1, scale_ptr, None, bias_ptr, None)
+    _store(y, y_ptr, o, t, 1, O, tl.program_id(0), out_scale_ptr, out_zero_ptr, GATED, DTYPE, 1, BLOCK_O)
 
 
 @triton.jit
@@ -190,14 +238,14 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 def product(rows: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:
     """rows: [T, H] as the weight multiplies them. Returns [T, O] in `dtype`: see Linear in the record."""
     x, x_scale = rows.values, rows.scale
-    cut = tuned_cut(len(x), weight, x.device)
-    if weight.scheme.is_dense and cut is None:
+    cut = cut_for(len(x), weight, x.element_size(), x.device)
+    if cut is None:
         return reference.linear(x, weight)
     if weight.scheme.is_float and _is_torch_faster(x, weight, dtype):
         return _scaled_mm(x, x_scale, weight, dtype)
     out = torch.empty(len(x), weight.out_features, dtype=dtype, device=x.device)
     if out.numel():
-        multiply(x, x_scale, weight, out, cut or cut_of(len(x), weight, x.element_size(), x.device))
+        multiply(x, x_scale, weight, out, cut)
     return out
 
 
@@ -207,13 +255,11 @@ def gated_rows(rows: Rows, gate_up: Weight, down: Weight, dtype: torch.dtype) ->
     With few rows the product's own launch does it, unless a scale for the whole row has to be found first.
     """
     x = rows.values
-    cut = tuned_cut(len(x), gate_up, x.device)
-    is_ours = not gate_up.scheme.is_dense or cut is not None
-    if not is_ours or not 0 < len(x) <= FEW_ROWS or down.scheme.activation == "dynamic":
+    cut = cut_for(len(x), gate_up, x.element_size(), x.device)
+    if cut is None or not 0 < len(x) <= FEW_ROWS or down.scheme.activation == "dynamic":
         return rows_for(product(rows, gate_up, dtype), down, is_gated=True)
     kind = dtype if down.static is None else torch.int8
     out = torch.empty(len(x), gate_up.out_features // 2, dtype=kind, device=x.device)
-    cut = cut or cut_of(len(x), gate_up, x.element_size(), x.device)
     multiply(x, rows.scale, gate_up, out, cut, Gate(dtype, down.static))
     return Rows(out)
 
@@ -235,6 +281,16 @@ def multiply(
     """
     scheme = weight.scheme
     (num_rows, num_columns), num_outputs = x.shape, weight.out_features
+    static = gate.static if gate is not None else None
+    out_scale, out_zero = (None, None) if static is None else (static.scale, static.zero)
+    dtype = _FLOATS[gate.dtype] if gate is not None else None
+    if cut.is_for_one_row:
+        _one_row[(triton.cdiv(num_outputs, cut.block_o),)](
+            x, weight.values, weight.scale, weight.bias, out, out_scale, out_zero, num_outputs, num_columns,
+            weight.values.stride(0), GATED=gate is not None, DTYPE=dtype, BLOCK_O=cut.block_o, BLOCK_H=cut.block_h,
+            num_warps=cut.num_warps, **FUSED,
+        )  # fmt: skip
+        return
     is_packed = scheme.weight_bits == 4
     has_float_groups = weight.scale is not None and weight.scale.ndim == 2
     is_integer = x.dtype == torch.int8 and not has_float_groups
@@ -260,9 +316,6 @@ def multiply(
     if scheme.is_float:
         x = x.view(torch.int8)  # read as bytes, for a masked read fills up with whole numbers
     values = weight.values.view(torch.int8) if is_packed or scheme.is_float else weight.values
-    static = gate.static if gate is not None else None
-    out_scale, out_zero = (None, None) if static is None else (static.scale, static.zero)
-    dtype = _FLOATS[gate.dtype] if gate is not None else None
     _matmul[grid](
         x, values, group_scale, weight.zero, scale, x_scale, bias, quant_bias, out, parts, out_scale, out_zero,
         num_rows, num_outputs, num_columns, x.stride(0), values.stride(0), GATED=gate is not None, DTYPE=dtype,

@@ -10,7 +10,7 @@ import torch
 from saccade.kernels import triton_cuts, triton_linear
 from saccade.kernels.choose import lack_of
 from saccade.kernels.reference import linear
-from saccade.kernels.triton_cuts import Cut, cut_of, key_of, read, tuned_cut, write
+from saccade.kernels.triton_cuts import Cut, cut_for, cut_of, key_of, read, write
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.scheme import SCHEMES, Weight
 
@@ -54,14 +54,50 @@ def test_a_measured_cut_is_taken(monkeypatch: pytest.MonkeyPatch, device: torch.
 
     monkeypatch.setattr(triton_linear, "multiply", noted)
     monkeypatch.setattr(triton_cuts, "_table", lambda device: {key_of(3, layer): ODD})
-    assert tuned_cut(3, layer, device) == ODD
+    assert cut_for(3, layer, 4, device) == ODD
     torch.testing.assert_close(triton_linear.linear(x, layer), linear(x, layer), rtol=1e-4, atol=1e-4)
     assert taken == [ODD]
     monkeypatch.undo()
     monkeypatch.setattr(triton_cuts, "FOLDER", triton_cuts.FOLDER / "of nobody")
     triton_cuts._table.cache_clear()
-    assert tuned_cut(3, layer, device) is None
+    assert cut_for(3, layer, 4, device) == (None if scheme == "dense" else cut_of(3, layer, 4, device))
     triton_cuts._table.cache_clear()
+
+
+def test_torch_multiplies_what_it_was_measured_to_be_fastest_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (lack := lack_of("triton", CPU)) is not None:
+        pytest.skip(lack)
+    layer, x = weight("dense"), torch.randn(1, 128)
+    assert cut_for(1, layer, 4, CPU) is not None, "one row is ours unless measured"
+    monkeypatch.setattr(triton_cuts, "_table", lambda device: {key_of(1, layer): None})
+    monkeypatch.setattr(triton_linear, "multiply", lambda *_: pytest.fail("by our kernel"))
+    assert torch.equal(triton_linear.linear(x, layer), linear(x, layer))
+
+
+@pytest.mark.parametrize("columns", [16, 64, 200, 256])  # less than a tile, tiles, and tiles with a rest
+@pytest.mark.parametrize("scheme", ["dense", "w8a16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_row_is_multiplied_tile_by_tile(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, scheme: str, columns: int, dtype: torch.dtype
+) -> None:
+    """Outputs that fill no tile; of int8 every number there is."""
+    if (lack := lack_of("triton", device)) is not None:
+        pytest.skip(lack)
+    monkeypatch.setattr(triton_cuts, "ONE_ROW_TILE", (4, 64))
+    torch.manual_seed(0)
+    layer = Weight(torch.randn(259, columns).to(dtype), bias=torch.randn(259).to(dtype))
+    if scheme != "dense":
+        layer = quantize_weight(layer, SCHEMES[scheme])
+        layer.values[:, 0] = torch.arange(259).sub(128).to(torch.int8)  # wraps
+    layer, x = layer.to(device, dtype), torch.randn(1, columns).to(device, dtype)
+    cut = cut_for(1, layer, x.element_size(), device)
+    assert cut is not None
+    assert cut.is_for_one_row
+    expected = x.double() @ layer.values.double().t()
+    expected = (expected if layer.scale is None else expected * layer.scale) + layer.bias.double()  # type: ignore[union-attr]
+    tolerance = 64 * torch.finfo(dtype).eps
+    got = triton_linear.linear(x, layer)
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_where_torch_does_not_multiply_e4m3_our_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +132,5 @@ def test_the_rule_gives_cuts_that_fit_and_others_are_refused(scheme: str) -> Non
             assert cut_of(num_rows, layer, itemsize, CPU).fits(layer)
     assert not Cut(16, 32, 48, 1, 4, 3).fits(layer)
     assert Cut(16, 32, 128, 1, 4, 3).fits(layer) == layer.scheme.is_two_stage
+    assert not Cut(1, 4, 64, 1, 4, 1).fits(layer)
+    assert Cut(1, 4, 64, 1, 4, 1).fits(weight("w8a16"))

@@ -21,6 +21,7 @@ SOME = (
     "w4a8-g128, 1 rows",
     "w8a8, 40 rows",
     "likeliest",
+    "w8a16, 1 rows",
 )
 KERNELS = {
     "rms_norm",
@@ -32,6 +33,7 @@ KERNELS = {
     "merge",
     "quantize_rows",
     "matmul",
+    "one_row",
     "add_parts",
     "best_of_parts",
     "choose",

@@ -58,6 +58,7 @@ class Compiled:
 
     def __init__(self, capability: int) -> None:
         self.shared: dict[str, int] = {}
+        self.variants: dict[str, set[str]] = {}  # of each kernel, by their hashes
         self.limit = SHARED_KIB[capability] * 1024
         driver.set_active(AbsentCard(capability))
         launch = JITFunction.run
@@ -65,6 +66,7 @@ class Compiled:
         def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
             name = kernel.fn.__name__
+            self.variants.setdefault(name, set()).add(compiled.hash)
             self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
             if compiled.metadata.shared > self.limit:
                 raise MemoryError(f"{name} wants {compiled.metadata.shared} bytes of shared memory: {options}")

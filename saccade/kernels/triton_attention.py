@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.record import PagedLayout, Segments
-from saccade.kernels.triton_common import FUSED, dot, narrow, operand, unbroken
+from saccade.kernels.triton_common import FUSED, VARYING, dot, narrow, operand, unbroken
 from saccade.kernels.triton_heads import scales_of
 
 KEY_TILE = 64
@@ -112,7 +112,7 @@ def _segment_tiles(segments: Segments, rows: int, device: torch.device) -> Tenso
 # --- over the cache ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _paged(
     q_ptr, k_cache_ptr, v_cache_ptr, out_ptr, acc_ptr, largest_ptr, total_ptr,
     k_scale_ptr, v_scale_ptr, tiles_ptr, contexts_ptr, tables_ptr, scale, table_stride, q_token, q_head,

@@ -14,6 +14,8 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton's own choice differs from version to version.
 ROUNDED_EACH: dict[str, bool] = {"enable_fp_fusion": False}
 FUSED: dict[str, bool] = {"enable_fp_fusion": True}
+# Numbers that differ from prompt to prompt: Triton would compile anew, a second a kernel, where one is 1 or in sixteens for once.
+VARYING = ("T", "q_programs", "table_stride")
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
 _ROUNDER = tl.constexpr(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels.record import PagedLayout
-from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, narrow, unbroken, whole
+from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, VARYING, narrow, unbroken, whole
 from saccade.schemes.affine import TINY
 
 ROWS = 64 if IS_INTERPRETED else 8  # of a program; the interpreter pays for programs, not for numbers
@@ -48,7 +48,7 @@ def _rotate(
     tl.store(target + HALF, high, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _rope(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, q_programs, q_token, q_head, k_token, k_head,
     N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +107,7 @@ def _store_row(
     tl.store(cache_ptr + (at * ROW)[:, None] + element, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _store_kv(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, T, k_token, k_head, v_token, v_head,
     K: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -137,7 +137,7 @@ def scales_of(*caches: Tensor) -> tuple[Tensor | None, ...]:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _rope_and_store(
     qkv_ptr, cos_ptr, sin_ptr, q_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, T, q_programs, qkv_token,
     N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

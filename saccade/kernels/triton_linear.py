@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernels import reference
-from saccade.kernels.triton_common import FUSED, IS_INTERPRETED, ROUNDED_EACH, dot, narrow, operand
+from saccade.kernels.triton_common import FUSED, IS_INTERPRETED, ROUNDED_EACH, VARYING, dot, narrow, operand
 from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_for
 from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
 from saccade.schemes.affine import quantize_weight
@@ -81,7 +81,7 @@ def _store(
         tl.store(y_at, narrow(y, y_ptr.dtype.element_ty), mask=(o < O)[:, None] & is_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _matmul(
     x_ptr, w_ptr, group_scale_ptr, zero_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, parts_ptr,
     out_scale_ptr, out_zero_ptr, T, O, H, x_stride, w_stride,  # noqa: E741
@@ -204,7 +204,7 @@ def _sum_of_parts(
     return _scaled(acc, o, is_output, t, is_row, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _add_parts(
     parts_ptr, scale_ptr, x_scale_ptr, bias_ptr, quant_bias_ptr, y_ptr, out_scale_ptr, out_zero_ptr, T, O,  # noqa: E741
     GATED: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, narrow, unbroken, whole
+from saccade.kernels.triton_common import IS_INTERPRETED, ROUNDED_EACH, VARYING, narrow, unbroken, whole
 from saccade.schemes.affine import E4M3_MAX, TINY
 from saccade.schemes.scheme import Static, Weight
 
@@ -94,7 +94,7 @@ def quantized(x, scale, zero):
     )  # the bounds are whole: to clamp first gives the same
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _quantize_rows(
     x_ptr, q_ptr, scale_ptr, x_stride, T, H,
     IS_FLOAT: tl.constexpr, LIMIT: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -119,7 +119,7 @@ def _quantize_rows(
         tl.store(q_ptr + row[:, None] * H + column, _dynamic(x, divisor, IS_FLOAT, LIMIT), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _each(
     x_ptr, y_ptr, scale_ptr, zero_ptr, x_stride, T, H, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -197,7 +197,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _number_by_number(gate_up, gate_up.shape[1] // 2, None, is_gated=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _rms_norm(
     x_ptr, residual_ptr, gain_ptr, y_ptr, total_ptr, row_scale_ptr, scale_ptr, zero_ptr, x_stride, residual_stride, T, H, eps,
     IS_FLOAT: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

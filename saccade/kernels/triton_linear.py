@@ -20,8 +20,8 @@ from torch import Tensor
 
 from saccade.kernels import reference
 from saccade.kernels.triton_common import FUSED, IS_INTERPRETED, ROUNDED_EACH, VARYING, dot, narrow, operand
-from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_for
-from saccade.kernels.triton_rows import Rows, from_e4m3, gated, quantized, rows_for
+from saccade.kernels.triton_cuts import FEW_ROWS, Cut, cut_for, has_one_row_kernel
+from saccade.kernels.triton_rows import Rows, from_e4m3, gated, normed, quantized, rows_for
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.packing import RUN
 from saccade.schemes.scheme import FP8, Static, Weight
@@ -166,10 +166,15 @@ def _wide(w):
 
 @triton.jit
 def _one_row(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, out_scale_ptr, out_zero_ptr, O, H, w_stride,  # noqa: E741
-    GATED: tl.constexpr, DTYPE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, out_scale_ptr, out_zero_ptr, gain_ptr, squares_ptr, residual_ptr, y_squares_ptr,
+    O, H, w_stride, num_squares, eps,  # noqa: E741
+    GATED: tl.constexpr, DTYPE: tl.constexpr, SQUARES: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """As in _matmul, of a single row. The next tile is asked for before this one is multiplied, so that bytes are always on the way."""
+    """As in _matmul, of a single row. The next tile is asked for before this one is multiplied, so that bytes are always on the way.
+
+    gain_ptr: x is normed first, the sum of its squares being that of the numbers at squares_ptr. residual_ptr: is added to y, and
+    the program's share of its squares is left at y_squares_ptr.
+    """
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     is_output = o < O
     if GATED:
@@ -179,16 +184,30 @@ def _one_row(
     w_mask = is_output[:, None] & (column < H)[None, :]
     w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0, eviction_policy="evict_first")
     x = tl.load(x_ptr + column, mask=column < H, other=0.0)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + column, mask=column < H, other=0.0)
+        part = tl.arange(0, SQUARES)
+        squares = tl.load(squares_ptr + part, mask=part < num_squares, other=0.0)
+        factor = tl.math.rsqrt(tl.sum(squares, axis=0) / H + eps)
     acc = tl.zeros([BLOCK_O, BLOCK_H], dtype=tl.float32)
     for start in range(BLOCK_H, H + BLOCK_H, BLOCK_H):
         column = start + tl.arange(0, BLOCK_H)
         w_mask = is_output[:, None] & (column < H)[None, :]
         next_w = tl.load(w_row[:, None] + column[None, :], mask=w_mask, other=0, eviction_policy="evict_first")
         next_x = tl.load(x_ptr + column, mask=column < H, other=0.0)
+        if gain_ptr is not None:
+            next_gain = tl.load(gain_ptr + column, mask=column < H, other=0.0)
+            x = normed(x.to(tl.float32), factor, gain, x.dtype)
+            gain = next_gain
         acc += _wide(w) * x.to(tl.float32)[None, :]
         w, x = next_w, next_x
     t = tl.arange(0, 1)
     y = _scaled(tl.sum(acc, axis=1)[:, None], o, is_output, t, t < 1, scale_ptr, None, bias_ptr, None)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + o, mask=is_output, other=0.0).to(tl.float32)
+        y = narrow(y, y_ptr.dtype.element_ty).to(tl.float32) + residual[:, None]
+        y = narrow(y, y_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(y_squares_ptr + tl.program_id(0), tl.sum(tl.sum(y * y, axis=1), axis=0))
     _store(y, y_ptr, o, t, 1, O, tl.program_id(0), out_scale_ptr, out_zero_ptr, GATED, DTYPE, 1, BLOCK_O)
 
 
@@ -281,16 +300,12 @@ def multiply(
     """
     scheme = weight.scheme
     (num_rows, num_columns), num_outputs = x.shape, weight.out_features
+    if cut.is_for_one_row:
+        _multiply_one_row(x, weight, out, cut, gate)
+        return
     static = gate.static if gate is not None else None
     out_scale, out_zero = (None, None) if static is None else (static.scale, static.zero)
     dtype = _FLOATS[gate.dtype] if gate is not None else None
-    if cut.is_for_one_row:
-        _one_row[(triton.cdiv(num_outputs, cut.block_o),)](
-            x, weight.values, weight.scale, weight.bias, out, out_scale, out_zero, num_outputs, num_columns,
-            weight.values.stride(0), GATED=gate is not None, DTYPE=dtype, BLOCK_O=cut.block_o, BLOCK_H=cut.block_h,
-            num_warps=cut.num_warps, **FUSED,
-        )  # fmt: skip
-        return
     is_packed = scheme.weight_bits == 4
     has_float_groups = weight.scale is not None and weight.scale.ndim == 2
     is_integer = x.dtype == torch.int8 and not has_float_groups
@@ -332,6 +347,77 @@ def multiply(
             GATED=gate is not None, DTYPE=dtype, SPLITS=cut.splits, BLOCK_T=block_t, BLOCK_O=block_o, num_warps=2,
             **ROUNDED_EACH,
         )  # fmt: skip
+
+
+# --- one row and its stream --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of one row: total [1, H]; squares [P] float32, which add up to the sum of its squares."""
+
+    total: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What norms a row of the stream before it is multiplied: gain [H]."""
+
+    gain: Tensor
+    eps: float
+    squares: Tensor
+
+
+def goes_with_stream(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether one row's product with `weight` can norm its input, and add its output to the stream."""
+    cut = cut_for(1, weight, dtype.itemsize, weight.values.device) if has_one_row_kernel(weight) else None
+    return cut is not None and cut.is_for_one_row
+
+
+def of_stream(stream: Stream, gain: Tensor, eps: float, weight: Weight, gate: Gate | None = None) -> Tensor:
+    """The product of the normed row with `weight`, [1, O]; through a gate, [1, O / 2]."""
+    x = stream.total
+    cut = cut_for(1, weight, x.element_size(), x.device)
+    assert cut is not None, "cuBLAS norms nothing"
+    out = torch.empty(1, weight.out_features // (1 if gate is None else 2), dtype=x.dtype, device=x.device)
+    _multiply_one_row(x, weight, out, cut, gate, norm=Norm(gain, eps, stream.squares))
+    return out
+
+
+def into_stream(x: Tensor, weight: Weight, total: Tensor) -> Stream:
+    """The stream behind `total` [1, O] and the product of x [1, H] with `weight`."""
+    cut = cut_for(1, weight, x.element_size(), x.device)
+    assert cut is not None, "cuBLAS counts no squares"
+    num_programs = triton.cdiv(weight.out_features, cut.block_o)
+    stream = Stream(torch.empty_like(total), torch.empty(num_programs, dtype=torch.float32, device=x.device))
+    _multiply_one_row(x, weight, stream.total, cut, None, residual=total, squares=stream.squares)
+    return stream
+
+
+def _multiply_one_row(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    cut: Cut,
+    gate: Gate | None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    static = gate.static if gate is not None else None
+    out_scale, out_zero = (None, None) if static is None else (static.scale, static.zero)
+    gain, norm_squares, num_squares = (None, None, 0) if norm is None else (norm.gain, norm.squares, len(norm.squares))
+    _one_row[(triton.cdiv(weight.out_features, cut.block_o),)](
+        x, weight.values, weight.scale, weight.bias, out, out_scale, out_zero, gain, norm_squares, residual, squares,
+        weight.out_features, weight.in_features, weight.values.stride(0), num_squares, 0.0 if norm is None else norm.eps,
+        GATED=gate is not None, DTYPE=None if gate is None else _FLOATS[gate.dtype],
+        SQUARES=triton.next_power_of_2(max(1, num_squares)), BLOCK_O=cut.block_o, BLOCK_H=cut.block_h,
+        num_warps=cut.num_warps, **FUSED,
+    )  # fmt: skip
+
+
+# --- e4m3 by cuBLAS ----------------------------------------------------------------------------------------------------
 
 
 def _is_torch_faster(x: Tensor, weight: Weight, dtype: torch.dtype) -> bool:

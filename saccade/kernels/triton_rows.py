@@ -61,6 +61,12 @@ def gated(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
+def normed(x, factor, gain, dtype: tl.constexpr):
+    """float32 x times factor, cast to `dtype`, times gain; in `dtype`."""
+    return narrow(narrow(x * factor, dtype).to(tl.float32) * gain.to(tl.float32), dtype)
+
+
+@triton.jit
 def _load(x_at, inside, width, GATED: tl.constexpr):
     """Numbers of rows as float32. GATED: silu of each, times the one `width` further."""
     x = tl.load(x_at, mask=inside, other=0.0)
@@ -214,9 +220,8 @@ def _rms_norm(
         tl.store(total_ptr + row * H + column, total, mask=inside)
         wide = total.to(tl.float32)
     mean = tl.sum(wide * wide, axis=1) / H
-    normed = narrow(wide * tl.math.rsqrt(mean + eps)[:, None], dtype).to(tl.float32)
-    gain = tl.load(gain_ptr + column, mask=column < H, other=0.0).to(tl.float32)
-    y = narrow(normed * gain, dtype)
+    gain = tl.load(gain_ptr + column, mask=column < H, other=0.0)
+    y = normed(wide, tl.math.rsqrt(mean + eps)[:, None], gain, dtype)
     y_at = y_ptr + row * H + column
     if row_scale_ptr is not None:
         y = y.to(tl.float32)

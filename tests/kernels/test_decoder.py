@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +104,70 @@ def test_the_step_has_the_bits_of_the_ops(
     assert got.isfinite().all()
     assert torch.equal(got, expected)
     assert torch.equal(cache, ops_cache)
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [("dense", torch.float32), ("dense", torch.bfloat16), ("w8a16", torch.float32), ("w8a16", torch.bfloat16)],
+)
+def test_one_row_goes_from_product_to_product_with_its_norms(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, device: torch.device, scheme: str, dtype: torch.dtype
+) -> None:
+    """The ops' numbers up to the order of sums: squares are added by tile. Tiles that the sizes do not fill."""
+    monkeypatch.setattr("saccade.kernels.triton_cuts.ONE_ROW_TILE", (16, 32))
+    torch.manual_seed(1)
+    assert kernels.plan_decoder is not None
+    with device:
+        weights = decoder(scheme, dtype)
+        x, angles = torch.randn(1, HIDDEN).to(dtype), torch.rand(1, HEAD_DIM // 2) * 6
+        cache = torch.randn(2, 2, 60, 4, KV_HEADS, HEAD_DIM).to(dtype)
+        layout = PagedLayout((1,), (70,), torch.randperm(60)[:18][None], torch.tensor([17 * 4 + 1]))
+    ops_cache = cache.clone()
+    brought = (angles.cos(), angles.sin(), layout)
+    step = kernels.plan_decoder(weights, cache)
+    assert step is not None
+    got, expected = step(x, *brought), one_by_one(kernels, weights, ops_cache, x, *brought)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(cache, ops_cache, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("scheme", "num_rows", "of_a_layer"),
+    [("dense", 1, 6), ("w8a16", 1, 6), ("w8a16", 4, 8), ("w8a8", 1, 9), ("w8a8-dynamic", 1, 10), ("w4a16-g32", 1, 8)],
+)
+def test_how_many_launches_a_layer_is(
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: Kernels,
+    device: torch.device,
+    scheme: str,
+    num_rows: int,
+    of_a_layer: int,
+) -> None:
+    """Of contexts too short to be split among programs, and outputs too few for it; the docs count one more for attention's parts."""
+    torch.manual_seed(1)
+    assert kernels.plan_decoder is not None
+    with device:
+        weights = decoder(scheme, torch.bfloat16)
+        x, angles = torch.randn(num_rows, HIDDEN).bfloat16(), torch.rand(num_rows, HEAD_DIM // 2) * 6
+        cache = torch.randn(2, 2, 60, 4, KV_HEADS, HEAD_DIM).bfloat16()
+        tables = torch.arange(num_rows * 2).view(num_rows, 2)
+        layout = PagedLayout((1,) * num_rows, (7,) * num_rows, tables, tables[:, 1] * 4 + 2)
+    step = kernels.plan_decoder(weights, cache)
+    assert step is not None
+    counts = []
+    launcher = type(import_module("saccade.kernels.triton_rows")._rms_norm)
+    launch = launcher.__getitem__
+
+    def counted(kernel: Any, grid: Any) -> Any:
+        counts.append(kernel)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(launcher, "__getitem__", counted)
+    step(x, angles.cos(), angles.sin(), layout)
+    beside = (
+        2 if num_rows == 1 and scheme in ("dense", "w8a16") else 1
+    )  # the last norm; and the first, which has no product before it
+    assert len(counts) == 2 * of_a_layer + beside

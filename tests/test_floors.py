@@ -30,6 +30,7 @@ FLOORS: list[dict[str, list[str]]] = [
             "triton_rows",
             "triton_cuts",
             "triton_heads",
+            "triton_sampling",
             "triton_attention",
             "triton_linear",
             "triton_decoder",

@@ -1,6 +1,6 @@
 """Decoding as recorded CUDA graphs: all launches of a step, recorded once for a batch size, then replayed as one.
 
-A step of a 3B model is some 400 launches, and the host needs longer to make them than the card to run them. Recordings are
+A step of a 3B model is hundreds of launches, and the host needs longer to make them than the card to run them. Recordings are
 made when a size first comes up. What changes from step to step lies in buffers that the recording reads: positions, contexts,
 block tables, slots, and where the next tokens are chosen on the card, too, the random numbers; all of it the host knows before the
 step's tokens. Those the card leaves where the next step reads them, so a step can be launched before the host has seen what the

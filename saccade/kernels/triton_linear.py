@@ -158,7 +158,7 @@ def _matmul(
 
 @triton.jit
 def _wide(w):
-    """As float32. int8 by its bits, as what it adds to 2^23: a card converts a quarter as many numbers in a cycle as it adds."""
+    """As float32. int8 by its bits, as what it adds to 2^23: a card converts fewer numbers in a cycle than it adds."""
     if w.dtype == tl.int8:
         w = (((w.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     return w.to(tl.float32)

@@ -18,7 +18,7 @@ from saccade.kernels.record import Kernels
 from saccade.model.sharding import cut_width, length, scaled
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.loading import NOTHING, Loading
-from saccade.schemes.parts import take_columns, take_rows
+from saccade.schemes.parts import pad_columns, pad_rows, take_columns, take_rows
 from saccade.schemes.scheme import Weight, fitting, stack
 
 
@@ -218,6 +218,13 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor, is_visual: Tensor | None = None) -> Tensor:
         down: Tensor = self.down(self.kernels.silu_mul(self.gate_up(x, is_visual)), is_visual)
         return down
+
+    def pad(self, unit: int) -> None:
+        """Fills the inner width up to a multiple of `unit`, with zeros, which change no output. Where groups divide it, it stays."""
+        missing = -self.down.weight.in_features % unit
+        if missing and self.down.weight.scheme.group_size is None:
+            self.gate_up.weight = pad_rows(self.gate_up.weight, 2, missing)
+            self.down.weight = pad_columns(self.down.weight, missing)
 
 
 Filled = (Linear, Norm, Embedding)  # the modules that have a fill()

@@ -16,11 +16,13 @@ from saccade.kernels.record import Kernels
 from saccade.model.language import Attend, DecoderLayer, LanguageModel
 from saccade.model.layers import Filling, Linear, fill
 from saccade.model.sharding import cut_heads, cut_width, length
-from saccade.model.vision import VisionTower
+from saccade.model.vision import VisionBlock, VisionTower
 from saccade.schemes.affine import quantize_weight
 from saccade.schemes.loading import Loading
 from saccade.schemes.scheme import fitting
 
+# The tower's inner width, 3,420, is no multiple of what a card reads at once: rows of 16 bits would begin in the midst of a vector.
+PADDED_ON, PADDED_TO = ("cuda",), 128
 BLOCKS_AT_ONCE = 4  # that are read, and put into the kernels' form: as many lie in memory twice for a moment
 
 
@@ -62,6 +64,8 @@ class Qwen2_5_VL(nn.Module):
             fill(block, filling if self.stays(name, filling.loading) else replace(filling, in_place=None))
             if filling.folds_keys and isinstance(block, DecoderLayer):
                 block.fold_keys()
+            if filling.device.type in PADDED_ON and isinstance(block, VisionBlock):
+                block.mlp.pad(PADDED_TO)
 
         try:
             with ThreadPoolExecutor(count) as pool:

@@ -74,3 +74,42 @@ def take_columns(weight: Weight, columns: slice, name: str, keep_bias: bool) -> 
         zero=groups(weight.zero),
         visual_static=bias_of(weight.visual_static),
     )
+
+
+def pad_rows(weight: Weight, num_parts: int, missing: int) -> Weight:
+    """Each of `num_parts` runs of rows that lie one after the other with as many more that are `missing`, whose outputs are 0."""
+
+    def of(tensor: Tensor) -> Tensor:
+        parts = _plain(tensor).reshape(num_parts, -1, *tensor.shape[1:])
+        zeros = parts.new_zeros(num_parts, missing, *parts.shape[2:])
+        return torch.cat([parts, zeros], dim=1).flatten(0, 1).view(tensor.dtype)
+
+    def maybe(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else of(tensor)
+
+    def of_static(static: Static | None) -> Static | None:
+        return static and replace(static, quant_bias=of(static.quant_bias), deq_scale=of(static.deq_scale))
+
+    return replace(
+        weight,
+        values=of(weight.values),
+        scale=maybe(weight.scale),
+        bias=maybe(weight.bias),
+        group_scale=maybe(weight.group_scale),
+        static=of_static(weight.static),
+        zero=maybe(weight.zero),
+        visual_static=of_static(weight.visual_static),
+    )
+
+
+def pad_columns(weight: Weight, missing: int) -> Weight:
+    """With as many more columns that are `missing`, of zeros; of weights without groups."""
+    assert weight.scheme.group_size is None, "groups have scales"
+    values = _plain(weight.values)
+    wide = torch.cat([values, values.new_zeros(len(values), missing)], dim=1)
+    return replace(weight, values=wide.view(weight.values.dtype))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """e4m3 as bytes: torch joins few things of that type."""
+    return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from saccade import LLM
 from saccade.base.errors import DeviceError
 from saccade.engine.graphs import Cuda
 from saccade.engine.runner import Runner, kernels_named, within_memory
+from saccade.model import qwen2_5_vl
+from tests.engine.test_engine import conversation
 
 CARD = torch.device("cuda", 1)
 
@@ -169,3 +173,20 @@ def test_a_recording_that_fails_leaves_the_card_as_it_was(monkeypatch: pytest.Mo
         Cuda(CARD).record(compute)
     assert cards.streams == ["default"]
     assert cards.done[-2:] == ["the allocator of card 1 no longer waits", "default waits for side"]
+
+
+@pytest.mark.parametrize("scheme", [None, "w8a16", "w8a8-dynamic", "w4a16-g32", "fp8"])
+def test_a_card_is_given_a_tower_of_whole_vectors_that_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, scheme: str | None
+) -> None:
+    features = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(qwen2_5_vl, "PADDED_ON", devices)
+        llm = LLM(tiny_checkpoint, device="cpu", dtype="float32", quantization=scheme, mmap=False, kv_cache_tokens=512)
+        mlp = llm.engine.runner.model.visual.layers[0].mlp
+        width = mlp.down.weight.in_features
+        assert (width % 128 == 0) == bool(devices)
+        assert mlp.gate_up.weight.out_features == 2 * width
+        features.append(torch.cat(llm.embed_media(conversation(2))))
+    assert len(features[0])
+    torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-5)

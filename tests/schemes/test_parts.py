@@ -8,7 +8,7 @@ import torch
 from saccade.base.errors import OptionError
 from saccade.kernels.reference import linear
 from saccade.schemes.affine import quantize_weight
-from saccade.schemes.parts import take_columns, take_rows
+from saccade.schemes.parts import pad_columns, pad_rows, take_columns, take_rows
 from saccade.schemes.scheme import SCHEMES, W8A8, Scheme, Static, Weight
 
 COLUMNS = [slice(0, 256), slice(256, 512), slice(512, 768)]
@@ -56,3 +56,15 @@ def test_a_group_is_not_cut() -> None:
     weight = make(SCHEMES["w4a8-g128"])
     with pytest.raises(OptionError, match="columns 0 to 64 of down cut groups of 128; use fewer ranks"):
         take_columns(weight, slice(0, 64), "down", keep_bias=True)
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
+def test_rows_and_columns_of_zeros_change_no_output(scheme: Scheme) -> None:
+    weight, x = make(scheme), torch.randn(5, 768, generator=torch.Generator().manual_seed(1))
+    whole = linear(x, weight).unflatten(1, (2, 24))
+    padded = linear(x, pad_rows(weight, 2, 8)).unflatten(1, (2, 32))
+    torch.testing.assert_close(padded[..., :24], whole, rtol=1e-5, atol=1e-4)
+    assert not padded[..., 24:].any()
+    if scheme.group_size is None:
+        wide = torch.nn.functional.pad(x, (0, 32))
+        torch.testing.assert_close(linear(wide, pad_columns(weight, 32)), whole.flatten(1), rtol=1e-5, atol=1e-4)

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "tuned"
 FEW_ROWS = 16  # up to here reading the weight takes all the time
 MAX_SPLITS = 16
 TUNED_ROWS = (1, 16, 64, 1024)  # a product takes the cut of the next larger of these, beyond the last of the last
-ONE_ROW_TILE = (256, 4096) if IS_INTERPRETED else (4, 1024)  # outputs and columns; interpreted, programs are what costs
+ONE_ROW_TILE = (4096, 256) if IS_INTERPRETED else (4, 1024)  # outputs and columns; interpreted, programs are what costs
 
 
 @dataclass(frozen=True)

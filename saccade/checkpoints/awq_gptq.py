@@ -21,7 +21,16 @@ from torch import Tensor
 from saccade.base.errors import CheckpointError
 from saccade.checkpoints.compressed_tensors import held_size, repack_words, spread
 from saccade.checkpoints.json_file import printable
-from saccade.checkpoints.stored import FLOATS, Expected, Tensors, find_mismatches, read_bias, read_scale, refusal
+from saccade.checkpoints.stored import (
+    FLOATS,
+    Expected,
+    Tensors,
+    find_mismatches,
+    read_bias,
+    read_scale,
+    refusal,
+    refused,
+)
 from saccade.schemes.scheme import W4A16, W4A16_ASYM, Scheme, Weight
 
 METHODS = ("awq", "gptq")
@@ -67,7 +76,8 @@ class Config:
             "qzeros": Expected([(H // size, O // 8)], (torch.int32,), is_required=not self.is_symmetric),
             "g_idx": Expected([(H,)], (torch.int32, torch.int64), is_required=False),
         }
-        return find_mismatches(tensors, module, expected, f"{self.format_name} {self.summary}", self.source)
+        problems = find_mismatches(tensors, module, expected, f"{self.format_name} {self.summary}", self.source)
+        return problems or refused(lambda: self._require_file_order(tensors, f"{module}.g_idx"))
 
     def scheme(self, tensors: Tensors, module: str) -> Scheme:
         num_columns = tensors.info(f"{module}.qweight").shape[0] * (1 if self.method == "awq" else 8)
@@ -116,7 +126,7 @@ class Config:
         index = tensors.tensor(name)
         if not torch.equal(index, torch.arange(len(index), dtype=index.dtype) // self.group_size):
             raise refusal(
-                tensors, name, "sorts inputs into groups by activation (desc_act), which no engine computes fast",
+                tensors, name, "sorts inputs into groups by activation (desc_act), which is not read",
                 "use a checkpoint quantized with desc_act false, or an AWQ one",
             )  # fmt: skip
 

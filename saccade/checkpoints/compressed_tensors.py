@@ -34,6 +34,7 @@ from saccade.checkpoints.stored import (
     read_bias,
     read_scale,
     refusal,
+    refused,
 )
 from saccade.kernels import cpu_pack
 from saccade.kernels.library import Library, load
@@ -157,7 +158,8 @@ class Config:
             )
         except CheckpointError as error:
             return [f"{module} is {group.kind} by {group.name} of {self.source}: {error}"]
-        return find_mismatches(tensors, module, expected, group.kind, f"{group.name} of {self.source}")
+        problems = find_mismatches(tensors, module, expected, group.kind, f"{group.name} of {self.source}")
+        return problems or refused(lambda: _require_file_order(tensors, module, group.group_size))
 
     def scheme(self, tensors: Tensors, module: str) -> Scheme:
         group = self._group(module)

@@ -5,7 +5,7 @@ Knows headers, names and errors; knows no format. Modules and tensors go by cano
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +115,15 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def refusal(tensors: Tensors, name: str, fact: str, remedy: str) -> CheckpointError:
     info = tensors.info(name)
     return CheckpointError(f"{info.name} in {info.file} {fact}; {remedy}")
+
+
+def refused(check: Callable[[], None]) -> list[str]:
+    """What `check` raises a CheckpointError for, as a problem among others."""
+    try:
+        check()
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -159,8 +159,13 @@ def test_a_folder_answers_as_the_dense_one_it_stands_for(tiny_checkpoint: Path, 
 def test_inputs_sorted_into_groups_are_refused() -> None:
     tensors, _ = packed("gptq", 8, 64, 32)
     tensors["g_idx"] = tensors["g_idx"].flip(0)
+    config = parse(settings("gptq", sym=False), [f"{NAME}.qweight"])
     with pytest.raises(CheckpointError, match=r"up_proj\.g_idx in memory sorts inputs .*desc_act false"):
-        parse(settings("gptq", sym=False), [f"{NAME}.qweight"]).read(in_memory(tensors), NAME)
+        config.read(in_memory(tensors), NAME)
+    (problem,) = config.find_problems(
+        in_memory(tensors), NAME, (8, 64)
+    )  # told before anything is loaded, by inspect, too
+    assert "sorts inputs" in problem
 
 
 def test_zero_points_that_contradict_the_config_are_refused() -> None:

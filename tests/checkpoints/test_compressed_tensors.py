@@ -443,6 +443,15 @@ def test_values_that_cannot_be_right_are_named(scheme: Scheme, change: Change, w
         config_for(scheme).read(InMemory(tensors), NAME)
 
 
+def test_columns_sorted_by_activation_are_told_before_anything_is_loaded() -> None:
+    tensors = ours.write(NAME, rounded(Weight(torch.randn(8, 128)), W4A16[32]), torch.bfloat16)
+    tensors[f"{NAME}.weight_g_idx"] = torch.arange(128) // 32
+    assert config_for(W4A16[32]).find_problems(InMemory(tensors), NAME, (8, 128)) == []
+    tensors[f"{NAME}.weight_g_idx"] = torch.arange(128).flip(0) // 32
+    (problem,) = config_for(W4A16[32]).find_problems(InMemory(tensors), NAME, (8, 128))
+    assert "sorts columns into groups by activation" in problem
+
+
 def test_fp8_with_a_stored_range_takes_each_tokens_own() -> None:
     """What vLLM calls FP8 static: the stored range is one for all tokens, each token's own is finer."""
     entry = changed(FP8, input_activations__strategy="tensor", input_activations__dynamic=False)

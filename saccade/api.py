@@ -95,7 +95,8 @@ class LLM:
         folder = resolve(model, source=self.options.source, revision=self.options.revision)
         checkpoint = open_checkpoint(folder)
         tokenizer = ChatTokenizer(folder, checkpoint.config)
-        start = {"model": str(folder), "kernels": dict(kernels or {}), **dataclasses.asdict(self.options)}
+        found = {"model": str(folder), "revision": None}  # a folder now, which has no revisions
+        start = {"kernels": dict(kernels or {}), **dataclasses.asdict(self.options), **found}
         self._open(checkpoint.config, checkpoint, tokenizer, media, limits, kernels, start)
         self.load_s = time.perf_counter() - start_s
 
@@ -217,7 +218,7 @@ class LLM:
         A single conversation that cannot be prepared raises; among many it becomes an output whose finish_reason is "error",
         and no other suffers.
         """
-        if isinstance(messages, str | bytes | Mapping):
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
             raise PromptError(
                 f'messages is {messages!r:.60}; give [{{"role": "user", "content": "Hello"}}], or a list of such lists'
             )
@@ -264,8 +265,9 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> Iterator[StreamUpdate]:
         """The answer's text as it becomes whole; the last update carries the output. Closing the iterator cancels the request."""
+        (params,) = _one_each(sampling_params, 1)
         prompt = self.prepare(messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        return self._updates(prompt, sampling_params or SamplingParams())
+        return self._updates(prompt, params)
 
     def _updates(self, prompt: Prompt, params: SamplingParams) -> Iterator[StreamUpdate]:
         requests = self.engine.add(prompt, params)
@@ -359,6 +361,8 @@ def _is_conversation(messages: Any) -> bool:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(each, SamplingParams) for each in params):
+        raise OptionError(f"sampling_params is {params!r:.60}; give SamplingParams(...), or a list of them")
     if len(params) != count:
         raise OptionError(f"{len(params)} sampling_params for {count} conversations; give one, or one for each")
     return list(params)

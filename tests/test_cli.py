@@ -158,6 +158,7 @@ def test_the_references_spellings_are_understood(run: Run, tiny_checkpoint: Path
         (["ask", "Hi", "--draw", "x.png"], 2, "--draw needs an --image"),
         (["ask", "Hi", "--image", "x.png", "--draw", "x.svg"], 2, "x.svg is of no kind of picture"),
         (["ask", "Hi", "--image", "x.png", "--draw", "/no/x.png"], 2, "/no/x.png cannot be written: /no is no folder"),
+        (["bench", "--random", "tiny", "--model", "demo"], 2, "is measured in place of a --model"),
         (["bench", "--json", "/no/x.json"], 2, "/no/x.json cannot be written: /no is no folder"),
         (["aks"], 2, "aks"),
         (["inspect", "/nowhere"], 1, "/nowhere"),
@@ -201,3 +202,9 @@ def test_drawing_marks_the_boxes(tmp_path: Path, photo: Path) -> None:
     assert drawn.getpixel((30, 45)) != plain.getpixel((30, 45))  # the box's left edge
     assert drawn.getpixel((15, 15)) != plain.getpixel((15, 15))  # the point
     assert drawn.getpixel((110, 80)) == plain.getpixel((110, 80))
+
+
+def test_a_benchmark_of_fewer_tokens_than_the_default_wants_one_option(run: Run) -> None:
+    code, out, _ = run("bench", "--random", "tiny", "--max-tokens", "3", "--warmup", "0", "--repeat", "1")
+    assert code == 0
+    assert "3 out in" in out

@@ -31,12 +31,18 @@ def resolve(model: str | os.PathLike[str], source: Source = "huggingface", revis
     """
     if source not in get_args(Source):
         raise OptionError(f"source {source!r} is unknown; use {' or '.join(get_args(Source))}")
+    if str(model) == "":
+        raise OptionError(
+            f"the model's name is empty; pass a folder, a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or {DEMO}"
+        )
+    if revision is not None and (str(model) == DEMO or os.path.isdir(os.path.expanduser(model))):
+        raise OptionError(f"revision {revision!r} is of a hub id, and {model} is a folder; leave it out")
     if str(model) == DEMO:
         if not DEMO_FOLDER.is_dir():
             raise CheckpointError(f"this installation lacks the demo model ({DEMO_FOLDER}); install saccade again")
         return DEMO_FOLDER
     path = Path(os.path.expanduser(model))  # unlike Path.expanduser, leaves an unknown ~user as it is
-    if path.is_dir() and model != "":
+    if path.is_dir():
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is a file; pass the folder it is in, {path.parent}")

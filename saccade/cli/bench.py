@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from saccade.bench.options import BenchOptions
 from saccade.cli.flags import MODEL_HELP, flags, gather, require_places
@@ -22,11 +23,25 @@ from saccade.inputs.options import MediaOptions
 @flags(SamplingParams, max_tokens=128, min_tokens=128)
 @flags(MediaOptions)
 @flags(EngineOptions, speculation="off")  # a token a step: what the limit of a decoded token means
-def command(model: str, images: tuple[str, ...], videos: tuple[str, ...], question: str, **values: Any) -> None:
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    model: str,
+    images: tuple[str, ...],
+    videos: tuple[str, ...],
+    question: str,
+    **values: Any,
+) -> None:
     """Measure every stage of an answer, and its distance from the machine's limit.
 
     Works as typed, offline: saccade bench --repeat 3 --warmup 1
     """
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if "min_tokens" not in given:
+        values["min_tokens"] = min(values["min_tokens"], values["max_tokens"])
+    if values["random"] is not None and "model" in given:
+        raise click.UsageError(f"--random {values['random']} is measured in place of a --model; give one")
     options = gather(BenchOptions, values)
     params = gather(SamplingParams, values)
     media = gather(MediaOptions, values)

@@ -81,6 +81,7 @@ def command(
         )
     require_places(json_file, answers_file, html_file)
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else [] if datasets else list(TASKS)
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in TASKS:
             raise OptionError(f"task {name!r} is unknown{suggestion(name, TASKS)}")

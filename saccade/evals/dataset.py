@@ -15,7 +15,7 @@ from typing import Any
 from saccade.base.errors import OptionError
 from saccade.base.options import suggestion
 from saccade.evals.item import Item
-from saccade.evals.metrics import METRICS
+from saccade.evals.metrics import METRICS, asks_for_boxes, score
 
 KEYS = {
     "id": "text",
@@ -39,7 +39,7 @@ def read_dataset(path: Path, limit: int | None = None) -> list[Item]:
     Raises OptionError naming file, line, key and remedy for the first line that is not as documented, even beyond the limit.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON's texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(
             f"{path} cannot be read as UTF-8 text: {error}; give a file with a JSON object on each line"
@@ -102,7 +102,7 @@ def _item(entry: Mapping[str, Any], path: Path, number: int) -> Item:
         answers = (Counter(answers).most_common(1)[0][0], *answers)
     parts = [{"type": "image", "image": str(file)} for file in _files(entry, "image", path.parent)]
     parts += [{"type": "video", "video": str(file)} for file in _files(entry, "video", path.parent)]
-    return Item(
+    item = Item(
         id=_text(entry, "id", f"{path.stem}-{number}"),
         task=_text(entry, "task", path.stem),
         content=(*parts, {"type": "text", "text": question}),
@@ -110,6 +110,20 @@ def _item(entry: Mapping[str, Any], path: Path, number: int) -> Item:
         metric=metric,
         accepted=answers[1:],
     )
+    _require_reachable(item, has_media=bool(parts))
+    return item
+
+
+def _require_reachable(item: Item, has_media: bool) -> None:
+    """Refuses a right answer that its metric would never find right."""
+    if asks_for_boxes(item):
+        if not has_media or "bbox_2d" not in item.answer:
+            raise _Fault(f'metric {item.metric!r} needs an image and an answer such as [{{"bbox_2d": [8, 9, 40, 50]}}]')
+    elif item.metric in ("number", "json") and not any(
+        score(item, right, ()) for right in (item.answer, *item.accepted)
+    ):
+        wanted = "holds one number and no other" if item.metric == "number" else "is JSON"
+        raise _Fault(f"'answer' is {item.answer!r:.60}; for the metric {item.metric!r} give one that {wanted}")
 
 
 def _text(entry: Mapping[str, Any], key: str, default: str | None) -> str:

@@ -68,6 +68,8 @@ class MediaOptions:
             raise OptionError("resized_height and resized_width belong together; give both or neither")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise OptionError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+        if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
+            raise OptionError(f"min_frames {self.min_frames} is larger than max_frames {self.max_frames}")
 
     def overridden_by(self, values: Mapping[str, object], kind: Literal["image", "video"]) -> MediaOptions:
         """These options with those of a message part on top, in any of their common spellings.

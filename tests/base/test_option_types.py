@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saccade import LLM
-from saccade.base.errors import OptionError
+from saccade.base.errors import OptionError, PromptError
 from saccade.engine.options import EngineOptions, SamplingParams
 from saccade.inputs.options import MediaLimits, MediaOptions
 from saccade.quantize.best_recipe import BestRecipe, read_recipe
@@ -79,3 +79,16 @@ def test_a_model_is_not_opened_with_what_it_would_stumble_over_later(
 ) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(given))} is .*; give a "):
         LLM(tiny_checkpoint, device="cpu", **given)
+
+
+def test_questions_and_parameters_of_another_type_are_refused_by_name(tiny_checkpoint: Path) -> None:
+    llm = LLM(tiny_checkpoint, device="cpu", kv_cache_tokens=256)
+    asked = [{"role": "user", "content": "Hello"}]
+    for params in (3, "temperature=0", {"max_tokens": 2}, [{"max_tokens": 2}]):
+        with pytest.raises(OptionError, match=r"sampling_params is .*; give SamplingParams"):
+            llm.chat(asked, params)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=r"sampling_params is .*; give SamplingParams"):
+            llm.stream(asked, params)  # type: ignore[arg-type]
+    for messages in (None, 5, "Hello"):
+        with pytest.raises(PromptError, match=r"messages is .*; give"):
+            llm.chat(messages)  # type: ignore[arg-type]

@@ -126,3 +126,11 @@ def test_modelscope_without_its_package_says_how_to_install_it(monkeypatch: pyte
 def test_an_unknown_source_is_answered_with_the_known_ones() -> None:
     with pytest.raises(OptionError, match="'github' is unknown; use huggingface or modelscope"):
         resolve(ID, "github")  # type: ignore[arg-type]
+
+
+def test_what_a_folder_cannot_have_is_refused(tmp_path: Path) -> None:
+    for folder in (hub.DEMO, str(tmp_path)):
+        with pytest.raises(OptionError, match="revision 'v2' is of a hub id"):
+            resolve(folder, revision="v2")
+    with pytest.raises(OptionError, match="name is empty"):
+        resolve("")

@@ -90,6 +90,9 @@ def test_the_limit_counts_each_task_by_itself(tmp_path: Path) -> None:
         ({"question": "?", "answer": "3", "images": "a.png"}, "'images' is 'a.png'; give a list of paths"),
         ({"question": "?", "answer": "3", "video": "a", "videos": ["a"]}, "are both given"),
         (GOOD | {"id": "x"}, "id 'x' is that of line 1"),
+        ({"question": "?", "answer": "five", "metric": "number"}, "give one that holds one number"),
+        ({"question": "?", "answers": ["{x", "no"], "metric": "json"}, "give one that is JSON"),
+        ({"question": "?", "answer": '[{"bbox_2d": [1, 2, 3, 4]}]', "metric": "box"}, "'box' needs an image"),
     ],
 )
 def test_a_mistake_names_file_line_and_remedy(tmp_path: Path, line: dict[str, Any] | str, message: str) -> None:
@@ -98,6 +101,13 @@ def test_a_mistake_names_file_line_and_remedy(tmp_path: Path, line: dict[str, An
         read_dataset(file, limit=1)
     assert str(caught.value).startswith(f"{file}:3: ")
     assert message in str(caught.value)
+
+
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    line = json.dumps({"question": "one\u2028two\x85three", "answer": "3"}, ensure_ascii=False)
+    file.write_text(f"\ufeff{line}\r\n{line}\r\n", encoding="utf-8", newline="")
+    assert len(read_dataset(file)) == 2
 
 
 def test_a_file_that_is_none_or_empty_is_refused(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_video_option_on_a_picture_is_refused_not_ignored() -> None:
         {"num_frames": 2.5},
         {"max_pixels": -1},
         {"min_pixels": 10, "max_pixels": 5},
+        {"min_frames": 10, "max_frames": 4},
         {"resized_height": 280},
         {"start_s": 5, "end_s": 5},
         {"start_s": -1},

@@ -32,7 +32,7 @@ def resolve(model: str | os.PathLike[str], source: Source = "huggingface", revis
     if source not in get_args(Source):
         raise OptionError(f"source {source!r} is unknown; use {' or '.join(get_args(Source))}")
     if str(model) == "":
-        raise OptionError(
+        raise CheckpointError(
             f"the model's name is empty; pass a folder, a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or {DEMO}"
         )
     if revision is not None and (str(model) == DEMO or os.path.isdir(os.path.expanduser(model))):

@@ -132,5 +132,5 @@ def test_what_a_folder_cannot_have_is_refused(tmp_path: Path) -> None:
     for folder in (hub.DEMO, str(tmp_path)):
         with pytest.raises(OptionError, match="revision 'v2' is of a hub id"):
             resolve(folder, revision="v2")
-    with pytest.raises(OptionError, match="name is empty"):
+    with pytest.raises(CheckpointError, match="name is empty"):
         resolve("")

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from saccade import cli
+from saccade.bench.machine import measure_machine
 from tests.parity.test_transformers import picture
 
 Run = Callable[..., tuple[int, str, str]]
@@ -204,7 +206,11 @@ def test_drawing_marks_the_boxes(tmp_path: Path, photo: Path) -> None:
     assert drawn.getpixel((110, 80)) == plain.getpixel((110, 80))
 
 
-def test_a_benchmark_of_fewer_tokens_than_the_default_wants_one_option(run: Run) -> None:
-    code, out, _ = run("bench", "--random", "tiny", "--max-tokens", "3", "--warmup", "0", "--repeat", "1")
+def test_a_benchmark_of_fewer_tokens_than_the_default_wants_one_option(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = partial(measure_machine, buffer_bytes=8 << 20, matrices=(64,))  # takes half a minute otherwise
+    monkeypatch.setattr("saccade.bench.measure.measure_machine", limits)
+    code, out, _ = run("bench", "--max-tokens", "3", "--warmup", "0", "--repeat", "1")
     assert code == 0
     assert "3 out in" in out

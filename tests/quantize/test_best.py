@@ -523,10 +523,10 @@ def test_shards_are_as_large_as_asked_for_in_best_mode_too(
     small: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = quantization_job(small, tmp_path / "out", **PLAIN)
-    quantize_best(job, max_shard_bytes=100_000)
+    report = quantize_best(job, max_shard_bytes=100_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     open_checkpoint(tmp_path / "out")
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(best, "quantize_best", lambda job, **given: asked.update(given) or quantize_best(job))
+    monkeypatch.setattr(best, "quantize_best", lambda job, **given: asked.update(given) or report)
     run("quantize", str(small), str(tmp_path / "again"), "--mode", "best", "--part_file_size", "3", "--no-verify")
     assert asked["max_shard_bytes"] == 3 << 30

@@ -170,6 +170,31 @@ def test_the_extremes_are_exact(kernels: Kernels, low: int, group_size: int | No
             assert torch.equal(got, reference.linear(x, Weight(pack(whole), torch.ones(18), None, scheme, scale)))
 
 
+@pytest.mark.parametrize("zero", [0.0, -16.0, 40.0])
+@pytest.mark.parametrize("columns", [7, 130, 3420, 8200])
+def test_loud_numbers_are_exact_wherever_they_meet(kernels: Kernels, columns: int, zero: float) -> None:
+    """Quiet rows, loud ones and all between in one block: without VNNI, loud numbers are taken from a row, or the row as it is."""
+    generator = torch.Generator().manual_seed(columns)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+    rows, outputs = 43, 37
+    quiet = (random(rows, columns) * 20).round().clamp(-128, 127).to(torch.int8)
+    words = (columns + 3) // 4
+    is_loud = torch.rand(rows, words, generator=generator) < torch.linspace(0, 1, rows)[:, None]
+    x = torch.where(is_loud.repeat_interleave(4, 1)[:, :columns], whole(rows, columns), quiet)
+    x[1], x[2], x[6] = -128, 127, quiet[6]
+    x[6, -5:] = 127  # loud at the end alone
+    x[11, ::2], x[11, 1::2] = 127, -128
+    values = whole(outputs, columns)
+    values[0], values[1] = -128, 127
+    static = Static(torch.ones(1), torch.tensor([zero]), torch.zeros(outputs, dtype=torch.int32), torch.ones(outputs))
+    weight = Weight(values, torch.ones(outputs), None, W8A8, static=static)
+    got = kernels.linear(x.float() - zero, weight)
+    assert torch.equal(got, (x.long() @ values.long().t()).float())
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_row_that_is_not_finite_spoils_no_other(kernels: Kernels, rows: int) -> None:
     for scheme in (W8A8_DYNAMIC, W4A8[64], W8A16, DENSE, FP8, W4A8_FLOAT[64]):

@@ -196,6 +196,22 @@ inline __m512i _mm512_slli_epi32(__m512i v, unsigned by) { return by < 32 ? (__m
 inline __m512i _mm512_srli_epi32(__m512i v, unsigned by) { return by < 32 ? (__m512i)((__v16su)v >> by) : __m512i{}; }
 inline __m512i _mm512_srli_epi16(__m512i v, unsigned by) { return by < 16 ? (__m512i)((__v32hu)v >> by) : __m512i{}; }
 
+inline __m512i _mm512_srli_epi64(__m512i v, unsigned by) { return by < 64 ? (__m512i)((__v8du)v >> by) : __m512i{}; }
+template <class T>
+inline __m512i magnitudes(__m512i v) {  // the smallest stays as it is
+  Lanes<T> to(v);
+  for (T& each : to.at) each = static_cast<T>(each < 0 ? -each : each);
+  return to;
+}
+inline __m512i _mm512_abs_epi8(__m512i v) { return magnitudes<int8_t>(v); }
+inline __m512i _mm512_abs_epi16(__m512i v) { return magnitudes<int16_t>(v); }
+inline __mmask32 _mm512_cmpgt_epi16_mask(__m512i a, __m512i b) {
+  const Lanes<int16_t> left(a), right(b);
+  __mmask32 greater = 0;
+  for (int i = 0; i < 32; ++i) greater |= static_cast<__mmask32>(left.at[i] > right.at[i]) << i;
+  return greater;
+}
+
 template <class To, class From, class V>
 inline __m512i widened(const V& v) {
   const Lanes<From, sizeof(V)> from(v);

@@ -19,6 +19,10 @@ using PairsProduct = VectorProduct<EachWord<PairWords>>;
 constexpr int OFFSET = WholeWords::OFFSET;
 #endif
 
+#if defined(SACCADE_PAIRS)
+constexpr float QUIET_ZERO = 16;  // numbers about a zero point that is further away are loud together
+#endif
+
 // Product: of floats.
 template <class T, class Product>
 void multiply_floats(const LinearCall& call) {
@@ -37,7 +41,12 @@ void multiply_any(const LinearCall& call) {
   using V = WholeProduct::Value;
   switch (call.layer.scheme) {
     case SACCADE_W8A8:
-    case SACCADE_W8A8_DYNAMIC: return multiply_many<T, WholeProduct, StagedRows<V, int8_t, OFFSET>>(call);
+    case SACCADE_W8A8_DYNAMIC:
+#if defined(SACCADE_PAIRS)
+      if (call.layer.scheme == SACCADE_W8A8_DYNAMIC || fabsf(call.layer.static_zero) <= QUIET_ZERO)
+        return multiply_many<T, VectorProduct<EachTwoWords>, StagedRows<int8_t, int8_t, EachTwoWords::OFFSET>>(call);
+#endif
+      return multiply_many<T, WholeProduct, StagedRows<V, int8_t, OFFSET>>(call);
 #if defined(SACCADE_PAIRS)
     case SACCADE_W4A8:
       return call.layer.group_size < 64 ? multiply_many<T, VectorProduct<EachRun<32>>, StagedRuns<32>>(call)

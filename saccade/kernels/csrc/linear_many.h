@@ -7,6 +7,7 @@
 
 #include "linear_output.h"
 #include "linear_products.h"
+#include "linear_strays.h"
 
 namespace saccade::SACCADE_ISA {
 
@@ -76,10 +77,23 @@ struct WordInput {
   Input<typename Product::Value> scales;
   const uint32_t* words;
   int64_t row_words;  // of one row
+  const uint32_t* strays;
+  int64_t row_strays;
 
-  const uint32_t* block(int64_t row, int64_t word) const { return words + row * row_words + word * Product::INPUT_ROWS; }
-  int64_t block_stride() const { return row_words * Product::INPUT_ROWS; }
+  WordBlock block(int64_t row, int64_t word) const {
+    return {words + row * row_words + word * Product::INPUT_ROWS, row_words * Product::INPUT_ROWS, strays + row * row_strays, row_strays,
+            word};
+  }
 };
+
+#if defined(SACCADE_PAIRS)
+// What products of w + 128 and a row of x, `count` bytes, have too much.
+inline int32_t too_much(const int8_t* values, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  return EachTwoWords::OFFSET * sum;
+}
+#endif
 
 template <class T, class Product>
 WordInput<Product> take_all_words(const LinearCall& call) {
@@ -88,8 +102,13 @@ WordInput<Product> take_all_words(const LinearCall& call) {
   const int64_t num_words = round_up(call.layer.in_features, per_word<Value>) / per_word<Value>;
   // Rows a power of two apart would fall into the same few sets of the first-level cache: an odd number of lines.
   const int64_t row_words = TOGETHER == 1 ? round_up(num_words, 16) | 16 : round_up(num_words, 16);
-  const auto words = static_cast<uint32_t*>(
-      scratch(SCRATCH_INPUT, round_up(call.rows, Product::ROWS) * row_words * WORD));
+  int64_t row_strays = 0;
+#if defined(SACCADE_PAIRS)
+  if constexpr (Product::HAS_STRAYS) row_strays = strays_size(num_words);
+#endif
+  const int64_t all_words = round_up(call.rows, Product::ROWS) * row_words;
+  const auto words = static_cast<uint32_t*>(scratch(SCRATCH_INPUT, (all_words + call.rows * row_strays) * WORD));
+  uint32_t* const strays = words + all_words;
   const auto scales = input_scales<Value>(call.rows);
   const int64_t num_groups = (call.rows + TOGETHER - 1) / TOGETHER;
   const auto take = [&](int64_t group) {
@@ -101,6 +120,16 @@ WordInput<Product> take_all_words(const LinearCall& call) {
       uint32_t* to = words + group * TOGETHER * row_words + row % TOGETHER * 16;
       for (int64_t word = 0; word < row_words; word += 16)
         memcpy(to + word * TOGETHER, reinterpret_cast<const uint32_t*>(one.values) + word, 16 * WORD);
+#if defined(SACCADE_PAIRS)
+      if constexpr (Product::HAS_STRAYS) {
+        one.offsets[row] = too_much(one.values, call.layer.in_features);
+        uint32_t* const parted = strays + row * row_strays;
+        if (!part_strays(to, num_words, parted)) {
+          memcpy(to, one.values, row_words * WORD);
+          parted[0] = 0;
+        }
+      }
+#endif
     }
   };
   if (call.rows <= FEW_ROWS) {
@@ -111,7 +140,7 @@ WordInput<Product> take_all_words(const LinearCall& call) {
       for (int64_t group; (group = pieces.next()) >= 0;) take(group);
     });
   }
-  return {scales, words, row_words};
+  return {scales, words, row_words, strays, row_strays};
 }
 
 // --- blocks ---
@@ -144,8 +173,6 @@ class Waiting {
   const Number* sums_ = nullptr;
   int64_t row_ = 0, left_ = 0, column_ = 0;
 };
-
-constexpr int64_t TURN_WORDS = 256;  // turns begin at multiples of this many words, and so where groups of columns do
 
 template <class T, class Product, class Weights>
 void multiply_many(const LinearCall& call) {
@@ -191,8 +218,8 @@ void multiply_many(const LinearCall& call) {
             const int64_t rows = smaller(last_row - row, ROWS);
             for (int64_t n = 0; n < num_blocks; ++n, ++turned) {
               Number* const kept = sums + (is_one_turn ? turned % 2 : turned) * BLOCK;
-              Product::multiply(rows, x.block(row, word), x.block_stride(), panels + n * Product::PANELS * w_stride, w_stride,
-                                count, kept, word == 0, [&] { waiting.some(); });
+              Product::multiply(rows, x.block(row, word), panels + n * Product::PANELS * w_stride, w_stride, count, kept, word == 0,
+                                [&] { waiting.some(); });
               waiting.rest();
               if (word + count == num_words) waiting.begin(kept, row, rows, n * OUTPUTS);
             }

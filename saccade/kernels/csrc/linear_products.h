@@ -25,6 +25,17 @@ typedef float PanelFloats __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int VECTOR_WORDS = VECTOR_BYTES / WORD, EACH_PANEL = PANEL / VECTOR_WORDS;  // vectors of a panel's word
 constexpr int VECTORS = VECTOR_PANELS * EACH_PANEL, VECTOR_OUTPUTS = VECTOR_PANELS * PANEL;
 
+constexpr int64_t TURN_WORDS = 256;  // turns begin at multiples of this many words, and so where groups of columns do
+
+// Words of some rows of x, from word `first` on.
+struct WordBlock {
+  const uint32_t* words;   // of the first row
+  int64_t stride;          // to those of the next, or from tiles to tiles
+  const uint32_t* strays;  // of the first row, where a product has them (linear_strays.h)
+  int64_t strays_stride;
+  int64_t first;
+};
+
 inline WordsInMemory& words_at(void* p, int vector) { return static_cast<WordsInMemory*>(p)[vector]; }
 inline PanelWords load_words_at(const void* p, int vector) { return static_cast<const WordsInMemory*>(p)[vector]; }
 
@@ -93,6 +104,8 @@ struct EachWord {
   using Value = typename W::Value;
   using Number = typename W::Number;
   static constexpr int OFFSET = W::OFFSET;
+  static constexpr int64_t ROWS = VECTOR_ROWS;
+  static constexpr bool HAS_STRAYS = false;
 
   template <int COUNT>
   [[gnu::noinline]] static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
@@ -128,6 +141,8 @@ struct EachRun {
   using Value = uint8_t;
   using Number = int32_t;
   static constexpr int OFFSET = 0;
+  static constexpr int64_t ROWS = VECTOR_ROWS;
+  static constexpr bool HAS_STRAYS = false;
 
   template <int COUNT>
   [[gnu::noinline]] static void multiply_rows(const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
@@ -170,7 +185,7 @@ struct EachRun {
 template <class W>
 struct VectorProduct : W {
   using typename W::Number;
-  static constexpr int64_t ROWS = VECTOR_ROWS, PANELS = VECTOR_PANELS, OUTPUTS = VECTOR_OUTPUTS;
+  static constexpr int64_t ROWS = W::ROWS, PANELS = VECTOR_PANELS, OUTPUTS = VECTOR_OUTPUTS;
   static constexpr bool IS_WIDE = VECTOR_BYTES == 64;  // processors with larger caches, too
   static constexpr int64_t MOST_WORDS = IS_WIDE ? 512 : 1024;  // of each output that are staged: a block of x stays in the first-level cache
   static constexpr int64_t STAGED_BYTES = IS_WIDE ? 256 << 10 : 192 << 10;  // of all outputs: they stay in the second
@@ -180,21 +195,36 @@ struct VectorProduct : W {
   static void begin() {}
   static void end() {}
 
-  // x: rows of x, x_stride words apart; w: panels, w_stride words apart; sums: [ROWS, OUTPUTS].
+  // w: panels, w_stride words apart; sums: [ROWS, OUTPUTS].
   template <class Between>
-  static void multiply(int64_t rows, const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
-                       Number* sums, bool is_first, Between&&) {
-    switch (rows) {
-      case 1: return W::template multiply_rows<1>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 2: return W::template multiply_rows<2>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 3: return W::template multiply_rows<smaller(3, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 4: return W::template multiply_rows<smaller(4, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      case 5: return W::template multiply_rows<smaller(5, ROWS)>(x, x_stride, w, w_stride, count, sums, is_first);
-      default: return W::template multiply_rows<ROWS>(x, x_stride, w, w_stride, count, sums, is_first);
+  static void multiply(int64_t rows, const WordBlock& x, const uint32_t* w, int64_t w_stride, int64_t count, Number* sums,
+                       bool is_first, Between&&) {
+    if constexpr (W::HAS_STRAYS) {
+      bool is_any_whole = false;
+      for (int64_t r = 0; r < rows; ++r) is_any_whole |= W::is_whole(x.strays + r * x.strays_stride);
+      is_any_whole ? multiply_by<typename W::Whole>(rows, x, w, w_stride, count, sums, is_first)
+                   : multiply_by<W>(rows, x, w, w_stride, count, sums, is_first);
+      for (int64_t r = 0; r < rows; ++r)
+        if (const uint32_t* strays = x.strays + r * x.strays_stride; !W::is_whole(strays))
+          W::add_strays(strays, x.first, count, w, w_stride, sums + r * OUTPUTS);
+    } else {
+      multiply_by<W>(rows, x, w, w_stride, count, sums, is_first);
     }
   }
 
  private:
+  template <class By>
+  static void multiply_by(int64_t rows, const WordBlock& x, const uint32_t* w, int64_t w_stride, int64_t count, Number* sums,
+                          bool is_first) {
+    switch (rows) {
+      case 1: return By::template multiply_rows<1>(x.words, x.stride, w, w_stride, count, sums, is_first);
+      case 2: return By::template multiply_rows<2>(x.words, x.stride, w, w_stride, count, sums, is_first);
+      case 3: return By::template multiply_rows<smaller(3, ROWS)>(x.words, x.stride, w, w_stride, count, sums, is_first);
+      case 4: return By::template multiply_rows<smaller(4, ROWS)>(x.words, x.stride, w, w_stride, count, sums, is_first);
+      case 5: return By::template multiply_rows<smaller(5, ROWS)>(x.words, x.stride, w, w_stride, count, sums, is_first);
+      default: return By::template multiply_rows<ROWS>(x.words, x.stride, w, w_stride, count, sums, is_first);
+    }
+  }
   static constexpr int smaller(int a, int b) { return a < b ? a : b; }
 };
 
@@ -215,19 +245,20 @@ struct TileProduct {
   static constexpr int64_t STAGED_BYTES = 768 << 10;
   static constexpr int64_t SUMMED_ROWS = 1024;  // 768 KiB
   static constexpr int OFFSET = 0;
+  static constexpr bool HAS_STRAYS = false;
   static constexpr int64_t INPUT_ROWS = TILE;   // x: tiles, those of 16 rows one after the other: memory is read in order
 
   static void begin() { begin_tiles(); }
   static void end() { end_tiles(); }
 
-  // x: two rows of tiles, x_stride words apart. between() is other work, done while tiles multiply.
+  // x: two rows of tiles. between() is other work, done while tiles multiply.
   template <class Between>
-  static void multiply(int64_t rows, const uint32_t* x, int64_t x_stride, const uint32_t* w, int64_t w_stride, int64_t count,
-                       Number* sums, bool is_first, Between&& between) {
+  static void multiply(int64_t rows, const WordBlock& x, const uint32_t* w, int64_t w_stride, int64_t count, Number* sums,
+                       bool is_first, Between&& between) {
     if (rows > TILE)
-      multiply_tiles<2>(x, x_stride, w, w_stride, count, sums, is_first, between);
+      multiply_tiles<2>(x.words, x.stride, w, w_stride, count, sums, is_first, between);
     else
-      multiply_tiles<1>(x, x_stride, w, w_stride, count, sums, is_first, between);
+      multiply_tiles<1>(x.words, x.stride, w, w_stride, count, sums, is_first, between);
   }
 
  private:

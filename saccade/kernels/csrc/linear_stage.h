@@ -1,6 +1,6 @@
 // Weights as products of many rows want them: panels of 16 outputs, word after word of their columns.
 //
-// A word is four bytes: four int8 (as w + PRODUCT_OFFSET where the processor wants that), two int16 or bfloat16, or one float32. A panel
+// A word is four bytes: four int8 (as w + 128 where the product wants that), two int16 or bfloat16, or one float32. A panel
 // holds the first word of each of 16 outputs, then the second of each, and so on: a vector of it times one word of x is 16 sums,
 // and 16 words of it are a tile of AMX. Rows are widened by plain loops, which compilers turn into vectors, and transposed.
 //

@@ -1,8 +1,9 @@
 // Vectors of the instruction set this file is compiled for: loads, products of whole numbers, and sums. Knows no layers.
 //
 // A vector of int8 has BYTES columns. A product of int8 and int8 is exact: where the processor multiplies unsigned by signed
-// (VNNI), the weight w becomes w + 128, and 128 times the sum of x is taken off again (PRODUCT_OFFSET). SACCADE_PAIRS: where x86 has no
-// VNNI, bytes are widened to 16 bits; nibbles are not, as pairs of their products, unsigned by signed, fit 16 bits (multiply_pairs).
+// (VNNI), the weight w becomes w + 128, and 128 times the sum of x is taken off again (PRODUCT_OFFSET). SACCADE_PAIRS: x86 without VNNI
+// adds pairs of products, unsigned by signed, up in 16 bits (multiply_pairs). Those of nibbles fit; bytes are widened to 16 bits for few
+// rows of x, and what might not fit is looked for in many (linear_strays.h).
 #pragma once
 
 #include <stdint.h>
@@ -71,6 +72,16 @@ inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm512_maddubs_epi16(u, s); 
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm512_add_epi16(a, b); }
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm512_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+// Of every 8 bytes two sums of four: bytes 0, 1, 4 and 5, and the others. A bit for each 8 of them, LOUD_BITS apart, says whether the
+// positive ones of a sum are more than `most` together, or the negative ones are.
+constexpr int LOUD_BITS = 4;
+inline uint64_t find_loud(Int8 x, int most) {
+  const auto both = [](Int8 pairs) { return _mm512_add_epi16(pairs, _mm512_srli_epi64(pairs, 32)); };
+  const Int8 sum = both(_mm512_maddubs_epi16(each_byte(1), x)), magnitude = both(_mm512_maddubs_epi16(_mm512_abs_epi8(x), each_byte(1)));
+  const Int8 larger = _mm512_add_epi16(magnitude, _mm512_abs_epi16(sum));  // twice
+  const uint64_t lanes = _mm512_cmpgt_epi16_mask(larger, _mm512_set1_epi16(static_cast<short>(2 * most)));
+  return (lanes | lanes >> 1) & 0x11111111;
+}
 inline void store(void* p, Int8 values) { _mm512_storeu_si512(p, values); }
 inline Int8 each_run(const int16_t (&values)[BYTES / 16]) {  // 16 bytes are a run of 32 columns
   const __m256i first = _mm256_inserti128_si256(_mm256_set1_epi16(values[0]), _mm_set1_epi16(values[1]), 1);
@@ -144,6 +155,15 @@ inline Int8 multiply_pairs(Int8 u, Int8 s) { return _mm256_maddubs_epi16(u, s); 
 inline Int8 add_pairs(Int8 a, Int8 b) { return _mm256_add_epi16(a, b); }
 inline Int8 subtract_pairs(Int8 a, Int8 b) { return _mm256_sub_epi16(a, b); }
 inline Int8 each_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+constexpr int LOUD_BITS = 8;
+inline uint64_t find_loud(Int8 x, int most) {
+  const auto both = [](Int8 pairs) { return _mm256_add_epi16(pairs, _mm256_srli_epi64(pairs, 32)); };
+  const Int8 sum = both(_mm256_maddubs_epi16(each_byte(1), x)), magnitude = both(_mm256_maddubs_epi16(_mm256_abs_epi8(x), each_byte(1)));
+  const Int8 larger = _mm256_add_epi16(magnitude, _mm256_abs_epi16(sum));  // twice
+  const Int8 lanes = _mm256_cmpgt_epi16(larger, _mm256_set1_epi16(static_cast<short>(2 * most)));
+  const auto bytes = static_cast<uint32_t>(_mm256_movemask_epi8(lanes));
+  return (bytes | bytes >> 2) & 0x01010101;
+}
 inline void store(void* p, Int8 values) { _mm256_storeu_si256(static_cast<__m256i*>(p), values); }
 inline Int8 each_run(const int16_t (&values)[BYTES / 16]) {  // 16 bytes are a run of 32 columns
   return _mm256_inserti128_si256(_mm256_set1_epi16(values[0]), _mm_set1_epi16(values[1]), 1);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,29 +15,7 @@ from saccade.schemes.scheme import Static, Weight
 
 def take_rows(weight: Weight, rows: Sequence[slice]) -> Weight:
     """The outputs of `rows`, one after the other."""
-
-    def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor[each] for each in rows])
-
-    def of_static(static: Static | None) -> Static | None:
-        if static is None:
-            return None
-        quant_bias, deq_scale = (
-            torch.cat([each[row] for row in rows]) for each in (static.quant_bias, static.deq_scale)
-        )
-        return replace(static, quant_bias=quant_bias, deq_scale=deq_scale)
-
-    values = torch.cat([weight.values[each] for each in rows])
-    return replace(
-        weight,
-        values=values,
-        scale=of(weight.scale),
-        bias=of(weight.bias),
-        group_scale=of(weight.group_scale),
-        static=of_static(weight.static),
-        zero=of(weight.zero),
-        visual_static=of_static(weight.visual_static),
-    )
+    return _with_rows(weight, lambda tensor: torch.cat([tensor[each] for each in rows]))
 
 
 def take_columns(weight: Weight, columns: slice, name: str, keep_bias: bool) -> Weight:
@@ -84,6 +62,20 @@ def pad_rows(weight: Weight, num_parts: int, missing: int) -> Weight:
         zeros = parts.new_zeros(num_parts, missing, *parts.shape[2:])
         return torch.cat([parts, zeros], dim=1).flatten(0, 1).view(tensor.dtype)
 
+    return _with_rows(weight, of)
+
+
+def pad_columns(weight: Weight, missing: int) -> Weight:
+    """With as many more columns that are `missing`, of zeros; of weights without groups."""
+    assert weight.scheme.group_size is None, "groups have scales"
+    values = _plain(weight.values)
+    wide = torch.cat([values, values.new_zeros(len(values), missing)], dim=1)
+    return replace(weight, values=wide.view(weight.values.dtype))
+
+
+def _with_rows(weight: Weight, of: Callable[[Tensor], Tensor]) -> Weight:
+    """With `of` done to all that has a row for each output."""
+
     def maybe(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else of(tensor)
 
@@ -100,14 +92,6 @@ def pad_rows(weight: Weight, num_parts: int, missing: int) -> Weight:
         zero=maybe(weight.zero),
         visual_static=of_static(weight.visual_static),
     )
-
-
-def pad_columns(weight: Weight, missing: int) -> Weight:
-    """With as many more columns that are `missing`, of zeros; of weights without groups."""
-    assert weight.scheme.group_size is None, "groups have scales"
-    values = _plain(weight.values)
-    wide = torch.cat([values, values.new_zeros(len(values), missing)], dim=1)
-    return replace(weight, values=wide.view(weight.values.dtype))
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -142,8 +142,7 @@ def _best(model: str, out: str, values: dict[str, Any], given: set[str]) -> None
     job = api.quantization_job(
         model, out, recipe=recipe, device=values["device"], threads=values["threads"], statistics=values["statistics"]
     )
-    notes = job.samples.notes if job.samples else ()
-    for note in notes:
+    for note in job.notes:
         click.echo(f"note: {note}", err=True)
     if values["dry_run"]:
         print("\n".join(job.plan.render()))

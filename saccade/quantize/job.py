@@ -19,7 +19,7 @@ from saccade.checkpoints.writing import Format, format_named, require_apart, req
 from saccade.inputs.chat import ChatTokenizer
 from saccade.quantize.best_recipe import BestRecipe
 from saccade.quantize.plan import Plan, make_plan, needs_samples
-from saccade.quantize.samples import Samples, check_source, load_samples
+from saccade.quantize.samples import BUILTIN, Samples, load_samples
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,17 @@ class Job:
     device: torch.device
     threads: int
     statistics: Path | None = None  # where those of the float model are kept
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was given and is not used."""
+        if self.samples is not None:
+            return self.samples.notes
+        if self.recipe.calibration == BUILTIN:
+            return ()
+        return (
+            f"calibration {self.recipe.calibration!r} is not read: without smoothing, gptq and static activations only weights count",
+        )
 
 
 def prepare(
@@ -63,7 +74,6 @@ def prepare(
     require_tokenizer(source)
     samples = None
     if needs_samples(recipe):
-        check_source(recipe.calibration)
         tokenizer = ChatTokenizer(source, checkpoint.config)
         samples = load_samples(recipe.calibration, tokenizer, recipe.samples, recipe.seed, recipe.max_pixels)
         if recipe.visual_scales and not any(prompt.media for prompt in samples.prompts):

@@ -28,6 +28,7 @@ from saccade.quantize.drawn_samples import drawn
 BUILTIN = "builtin"
 NUM_BUILTIN = 48
 MAX_LINES = 100_000
+READ = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names of what inputs/media.py reads
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SHARE = 3  # a text for so many pictures
 _MEDIA_KEYS = ("image", "video", "image_url", "video_url", "url", "path")  # whose values are or hold paths
@@ -87,6 +88,7 @@ Conversation = Sequence[Mapping[str, Any]]
 
 def load_samples(source: str, tokenizer: ChatTokenizer, count: int | None, seed: int, max_pixels: int) -> Samples:
     """`source`: a folder, a .jsonl file, or "builtin". Raises OptionError, MediaError or PromptError."""
+    check_source(source)
     notes: list[str] = []
     conversations = list(_conversations(source, count, seed, notes))
     options = MediaOptions(max_pixels=max_pixels)
@@ -115,21 +117,21 @@ def _num_answered(prompt: Prompt, tokenizer: ChatTokenizer) -> int:
 
 def conversations_of(source: str) -> list[Conversation]:
     """All of a `source` as `load_samples` takes it. Raises OptionError, MediaError or PromptError."""
+    check_source(source, "samples")
     return [conversation for _, conversation in _conversations(source, None, 0, [])]
 
 
-def check_source(source: str) -> None:
-    """Raises OptionError at once for a source that is none."""
+def check_source(source: str, option: str = "calibration") -> None:
+    """Raises OptionError at once, naming the option, for a source that is none."""
     path = Path(source)
     if source == BUILTIN or path.is_dir() or (path.is_file() and path.suffix == ".jsonl"):
         return
     fact = "is no folder of pictures and no .jsonl file" if path.exists() else "does not exist"
-    raise OptionError(f"calibration {source!r} {fact}; give one, or {BUILTIN}")
+    raise OptionError(f"{option} {source!r} {fact}; give one, or {BUILTIN}")
 
 
 def _conversations(source: str, count: int | None, seed: int, notes: list[str]) -> Iterator[tuple[str, Conversation]]:
     """Each with what an error about it begins with: where it stands, if no message names it."""
-    check_source(source)
     if source == BUILTIN:
         yield from (("", conversation) for conversation in _drawn(NUM_BUILTIN if count is None else count, seed))
     elif Path(source).is_dir():
@@ -157,8 +159,14 @@ def _pictures(folder: Path, notes: list[str]) -> list[Path]:
             notes.append(f"{path.name} is not a file: passed over")
             continue
         try:
-            with Image.open(path):
+            with Image.open(path) as opened:
+                kind = opened.format
+            if kind in READ:
                 found.append(path)
+            else:
+                notes.append(
+                    f"{path.name} is a picture of a kind that is not read, {kind}: passed over; save it as PNG or JPEG"
+                )
         except UnidentifiedImageError as error:
             if path.suffix.lower() in PICTURE_SUFFIXES:
                 raise MediaError(f"{path} is not a picture that can be read; repair or remove it") from error

@@ -407,16 +407,45 @@ def test_a_folder_of_pictures_may_hold_other_things(small: Path, tmp_path: Path)
     drawn(1).picture.save(folder / "b.png")
     drawn(2).picture.save(folder / "a picture.jpg")
     Image.new("LA", (60, 60)).save(folder / "c.png")
+    Image.new("RGB", (60, 60)).save(folder / "d.ppm")
     (folder / "notes.txt").write_text("hello")
     job = quantization_job(small, tmp_path / "out", calibration=str(folder), smooth="m4")
     assert job.samples is not None
     sources = [medium.receipt.source for prompt in job.samples.prompts for medium in prompt.media]
     assert [Path(source).name for source in sources] == ["a picture.jpg", "b.png", "c.png"]
-    assert sorted(job.samples.notes) == ["more is not a file: passed over", "notes.txt is not a picture: passed over"]
+    assert sorted(job.notes) == [
+        "d.ppm is a picture of a kind that is not read, PPM: passed over; save it as PNG or JPEG",
+        "more is not a file: passed over",
+        "notes.txt is not a picture: passed over",
+    ]
     assert any(not prompt.media for prompt in job.samples.prompts)  # a text among them
     (folder / "broken.jpg").write_bytes(b"\xff\xd8nonsense")
     with pytest.raises(MediaError, match=r"broken.jpg is not a picture"):
         quantization_job(small, tmp_path / "out", calibration=str(folder), smooth="m4")
+
+
+def test_calibration_that_is_not_read_is_said_and_samples_are_called_samples(
+    small: Path, tmp_path: Path, run: Run
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    weights = [
+        "quantize",
+        str(small),
+        str(tmp_path / "out"),
+        "--scheme",
+        "w8a16",
+        "--smooth",
+        "none",
+        "--rounding",
+        "rtn",
+        "--dry-run",
+    ]
+    code, _, stderr = run(*weights, "--calibration", str(photos))
+    assert (code, f"calibration '{photos}' is not read" in stderr) == (0, True)
+    assert "is not read" not in run(*weights)[2]
+    code, _, stderr = run("verify", str(small), "--against", str(small), "--samples", str(tmp_path / "nothing"))
+    assert (code, f"samples '{tmp_path / 'nothing'}' does not exist" in stderr) == (2, True), stderr
 
 
 def test_conversations_are_taken_with_their_answers(small: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class StrayGroups {
     *start_++ = static_cast<uint32_t>(next_ - strays_);
   }
 
-  // False if there is no room for them.
+  // False where memory for groups ends.
   bool put(int64_t word, const int8_t (&bytes)[4]) {
     const auto place = static_cast<uint32_t>(word * PANEL * WORD);
     int8_t rest[4];
@@ -56,7 +56,7 @@ class StrayGroups {
       int8_t taken[4];
       Loudness room = room_;
       if (filled_ < GROUP) room.take(rest, taken);
-      if (filled_ == GROUP || memcmp(taken, rest, sizeof rest) != 0) {  // alone, what a group has room for is what may be
+      if (filled_ == GROUP || memcmp(taken, rest, sizeof rest) != 0) {  // a new group, and of what not even that has room for, the next
         if (next_ == end_) return false;
         for (int i = 0; i < GROUP; ++i) next_[i] = place, next_[GROUP + i] = 0;
         next_ += 2 * GROUP;
